@@ -1,0 +1,246 @@
+-- Views that answer the questions people ask. They only gain columns, at the end: other people's views stand on them.
+
+CREATE OR REPLACE FUNCTION build_log_text(id bigint, attempt integer DEFAULT NULL) RETURNS text
+    LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+    SELECT coalesce(string_agg(l.content, '' ORDER BY l.seq), '')
+    FROM build_log l
+    WHERE l.build_id = $1
+      AND l.attempt = coalesce($2, (SELECT b.attempt FROM builds b WHERE b.id = $1))
+$$;
+COMMENT ON FUNCTION build_log_text(bigint, integer) IS 'The log of a build as one text; of its last attempt unless another is named.';
+
+-- A held claim as the lock table shows it: the row lock itself (build_queue.xmax is the transaction that holds it).
+-- Crash-safe and never stale: there is no flag that could lie.
+CREATE OR REPLACE VIEW running_builds AS
+WITH holders AS MATERIALIZED (
+    SELECT transactionid, pid FROM pg_locks WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted
+)
+SELECT b.id AS build_id,
+       b.builder,
+       b.worker,
+       b.attempt,
+       b.started_at,
+       date_trunc('milliseconds', clock_timestamp() - b.started_at) AS elapsed,
+       usual.usual_time,
+       CASE WHEN usual.usual_time > '0' THEN
+           least(99, floor(100 * extract(epoch FROM clock_timestamp() - b.started_at) / extract(epoch FROM usual.usual_time)))::integer
+       END AS percent,
+       last_line.last_log_line,
+       h.pid IS NOT NULL AS claim_held,
+       h.pid AS claim_pid
+FROM builds b
+LEFT JOIN build_queue q ON q.build_id = b.id
+LEFT JOIN holders h ON h.transactionid = q.xmax
+LEFT JOIN LATERAL (
+    SELECT date_trunc('milliseconds', percentile_cont(0.5) WITHIN GROUP (ORDER BY f.finished_at - f.started_at)) AS usual_time
+    FROM (SELECT p.started_at, p.finished_at FROM builds p
+          WHERE p.builder = b.builder AND p.finished_at IS NOT NULL AND p.state = 'passed' AND p.started_at IS NOT NULL
+          ORDER BY p.finished_at DESC LIMIT 30) f
+) usual ON true
+LEFT JOIN LATERAL (
+    -- The last line that has text; of a progress bar what stands after its last carriage return.
+    SELECT (regexp_match(rtrim(right(l.content, 2000), E'\r\n\t '), '[^\r\n]*$'))[1] AS last_log_line
+    FROM build_log l
+    WHERE l.build_id = b.id AND l.attempt = b.attempt AND l.content ~ '\S'
+    ORDER BY l.seq DESC LIMIT 1
+) last_line ON true
+WHERE b.state = 'running';
+COMMENT ON VIEW running_builds IS 'What runs now.';
+COMMENT ON COLUMN running_builds.build_id IS 'The build.';
+COMMENT ON COLUMN running_builds.builder IS 'Its builder.';
+COMMENT ON COLUMN running_builds.worker IS 'The worker that runs it.';
+COMMENT ON COLUMN running_builds.attempt IS 'Which try this is.';
+COMMENT ON COLUMN running_builds.started_at IS 'When the attempt started.';
+COMMENT ON COLUMN running_builds.elapsed IS 'How long it has been running.';
+COMMENT ON COLUMN running_builds.usual_time IS 'Median of the last 30 passed builds of the builder.';
+COMMENT ON COLUMN running_builds.percent IS 'Elapsed against usual time, at most 99.';
+COMMENT ON COLUMN running_builds.last_log_line IS 'The last line of its log.';
+COMMENT ON COLUMN running_builds.claim_held IS 'Whether a transaction holds its queue row now; read from the lock table.';
+COMMENT ON COLUMN running_builds.claim_pid IS 'Backend that holds it (pg_stat_activity.pid).';
+
+CREATE OR REPLACE VIEW builder_status AS
+WITH slots AS MATERIALIZED (
+    SELECT classid::bigint AS number, count(*)::integer AS used FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 2 AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    GROUP BY classid
+)
+SELECT r.name AS builder,
+       CASE WHEN r.paused THEN 'paused' WHEN coalesce(s.used, 0) > 0 THEN 'busy' ELSE 'idle' END AS status,
+       coalesce(s.used, 0) AS slots_used,
+       r.max_running,
+       (SELECT count(*) FROM build_queue q JOIN builds b ON b.id = q.build_id WHERE q.builder = r.name AND b.state <> 'running') AS waiting,
+       l.id AS last_build_id,
+       l.state AS last_state,
+       l.finished_at AS last_finished_at,
+       r.paused_reason
+FROM builders r
+LEFT JOIN slots s ON s.number = r.number
+LEFT JOIN LATERAL (
+    SELECT b.id, b.state, b.finished_at FROM builds b
+    WHERE b.builder = r.name AND b.finished_at IS NOT NULL ORDER BY b.finished_at DESC LIMIT 1
+) l ON true
+ORDER BY r.name;
+COMMENT ON VIEW builder_status IS 'Every builder: idle, busy or paused, and how its last build went.';
+COMMENT ON COLUMN builder_status.builder IS 'The builder.';
+COMMENT ON COLUMN builder_status.status IS 'idle, busy (at least one slot used) or paused.';
+COMMENT ON COLUMN builder_status.slots_used IS 'How many of its builds run now, over all workers; read from the lock table.';
+COMMENT ON COLUMN builder_status.max_running IS 'How many may run at once.';
+COMMENT ON COLUMN builder_status.waiting IS 'How many wait.';
+COMMENT ON COLUMN builder_status.last_build_id IS 'The build that finished last.';
+COMMENT ON COLUMN builder_status.last_state IS 'Its state.';
+COMMENT ON COLUMN builder_status.last_finished_at IS 'When it finished.';
+COMMENT ON COLUMN builder_status.paused_reason IS 'Why it is paused.';
+
+CREATE OR REPLACE VIEW worker_status AS
+WITH alive AS MATERIALIZED (
+    -- A living daemon holds an advisory lock on its name, in class -2.
+    SELECT objid FROM pg_locks
+    WHERE locktype = 'advisory' AND classid = 4294967294 AND objsubid = 2 AND granted
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)
+SELECT w.name AS worker,
+       CASE WHEN a.objid IS NOT NULL THEN w.state WHEN w.state = 'stopped' THEN 'stopped' ELSE 'gone' END AS status,
+       (SELECT count(*) FROM builds b WHERE b.state = 'running' AND b.worker = w.name) AS running,
+       w.slots,
+       w.labels,
+       w.builders,
+       w.host,
+       w.pid,
+       w.version,
+       w.started_at,
+       date_trunc('seconds', clock_timestamp() - w.seen_at) AS seen_ago,
+       w.detail
+FROM workers w
+LEFT JOIN alive a ON a.objid = (hashtext(w.name)::bigint & 4294967295)::oid
+ORDER BY w.name;
+COMMENT ON VIEW worker_status IS 'Every worker: active, draining, stopped, or gone (it vanished without a goodbye).';
+COMMENT ON COLUMN worker_status.worker IS 'The worker.';
+COMMENT ON COLUMN worker_status.status IS 'active, draining, stopped or gone; alive or not is read from the lock table.';
+COMMENT ON COLUMN worker_status.running IS 'How many builds it runs.';
+COMMENT ON COLUMN worker_status.slots IS 'How many it runs at once.';
+COMMENT ON COLUMN worker_status.labels IS 'Labels it offers.';
+COMMENT ON COLUMN worker_status.builders IS 'Patterns of builder names that it takes.';
+COMMENT ON COLUMN worker_status.host IS 'Machine it runs on.';
+COMMENT ON COLUMN worker_status.pid IS 'Process id of its daemon.';
+COMMENT ON COLUMN worker_status.version IS 'Version of its daemon.';
+COMMENT ON COLUMN worker_status.started_at IS 'When its daemon started.';
+COMMENT ON COLUMN worker_status.seen_ago IS 'How long ago it last looked at the queue.';
+COMMENT ON COLUMN worker_status.detail IS 'One line for a person.';
+
+CREATE OR REPLACE VIEW queue_status AS
+WITH waiting AS (
+    SELECT q.build_id, q.builder, q.priority, q.run_after, q.ready, b.queued_at, b.attempt, b.detail,
+           row_number() OVER (PARTITION BY q.builder ORDER BY q.ready DESC, q.priority DESC, q.build_id) AS position
+    FROM build_queue q JOIN builds b ON b.id = q.build_id
+    WHERE b.state <> 'running'
+), usual AS MATERIALIZED (
+    SELECT r.name, u.usual_time
+    FROM builders r
+    CROSS JOIN LATERAL (
+        SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY f.finished_at - f.started_at) AS usual_time
+        FROM (SELECT p.started_at, p.finished_at FROM builds p
+              WHERE p.builder = r.name AND p.finished_at IS NOT NULL AND p.state = 'passed' AND p.started_at IS NOT NULL
+              ORDER BY p.finished_at DESC LIMIT 30) f
+    ) u
+), offers AS MATERIALIZED (
+    SELECT r.name,
+           EXISTS (SELECT FROM worker_status w WHERE w.status = 'active') AS any_worker,
+           EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
+                   WHERE w.status = 'active' AND r.labels <@ w.labels
+                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS fitting,
+           EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
+                   WHERE w.status = 'active' AND r.labels <@ w.labels AND w.running < w.slots
+                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS idle
+    FROM builders r
+), status AS MATERIALIZED (
+    SELECT * FROM builder_status
+)
+SELECT w.build_id,
+       w.builder,
+       w.priority,
+       w.position,
+       date_trunc('milliseconds', clock_timestamp() - w.queued_at) AS waiting,
+       w.run_after,
+       CASE WHEN NOT s.status = 'paused' AND o.fitting THEN
+           greatest(w.run_after, clock_timestamp()
+               + coalesce(u.usual_time, '0') * ((w.position - 1 + s.slots_used) / s.max_running)::integer)
+       END AS expected_start,
+       CASE WHEN s.status = 'paused' THEN 'builder ' || w.builder || ' is paused' || coalesce(': ' || s.paused_reason, '')
+            WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL THEN w.detail
+            WHEN NOT w.ready THEN 'scheduled for ' || to_char(w.run_after, 'YYYY-MM-DD HH24:MI:SS TZ')
+            WHEN NOT o.any_worker THEN 'no worker is running: start one with buildreactor run'
+            WHEN NOT o.fitting THEN 'no worker with its labels (' || array_to_string(r.labels, ', ') || ') and builder name'
+            WHEN s.slots_used >= s.max_running THEN 'builder ' || w.builder || ' is busy (' || s.slots_used || ' of ' || s.max_running || ')'
+            WHEN NOT o.idle THEN 'all fitting workers are busy'
+            WHEN w.position > 1 THEN 'its turn comes'
+            ELSE 'about to start'
+       END AS waiting_because
+FROM waiting w
+JOIN builders r ON r.name = w.builder
+JOIN status s ON s.builder = w.builder
+JOIN offers o ON o.name = w.builder
+JOIN usual u ON u.name = w.builder
+ORDER BY w.ready DESC, w.priority DESC, w.build_id;
+COMMENT ON VIEW queue_status IS 'What waits, in which place, how long, and why.';
+COMMENT ON COLUMN queue_status.build_id IS 'The build.';
+COMMENT ON COLUMN queue_status.builder IS 'Its builder.';
+COMMENT ON COLUMN queue_status.priority IS 'Higher first.';
+COMMENT ON COLUMN queue_status.position IS 'Place in the queue of its builder, from 1.';
+COMMENT ON COLUMN queue_status.waiting IS 'How long it has waited.';
+COMMENT ON COLUMN queue_status.run_after IS 'Not before this time.';
+COMMENT ON COLUMN queue_status.expected_start IS 'When it will start if builds take their usual time; null when nobody would start it.';
+COMMENT ON COLUMN queue_status.waiting_because IS 'Why it waits.';
+
+CREATE OR REPLACE VIEW recent_builds AS
+SELECT b.id AS build_id,
+       b.builder,
+       b.state,
+       b.attempt,
+       b.worker,
+       date_trunc('milliseconds', b.started_at - b.queued_at) AS waited,
+       date_trunc('milliseconds', b.finished_at - b.started_at) AS ran,
+       b.finished_at,
+       b.exit_code,
+       b.detail,
+       b.reason,
+       b.submitted_by
+FROM builds b
+WHERE b.finished_at IS NOT NULL
+ORDER BY b.finished_at DESC, b.id DESC
+LIMIT 100;
+COMMENT ON VIEW recent_builds IS 'The last 100 builds that finished, newest first.';
+COMMENT ON COLUMN recent_builds.build_id IS 'The build.';
+COMMENT ON COLUMN recent_builds.builder IS 'Its builder.';
+COMMENT ON COLUMN recent_builds.state IS 'How it ended.';
+COMMENT ON COLUMN recent_builds.attempt IS 'How many attempts it took.';
+COMMENT ON COLUMN recent_builds.worker IS 'The worker of the last attempt.';
+COMMENT ON COLUMN recent_builds.waited IS 'From queued to the start of the last attempt.';
+COMMENT ON COLUMN recent_builds.ran IS 'How long the last attempt took.';
+COMMENT ON COLUMN recent_builds.finished_at IS 'When it finished.';
+COMMENT ON COLUMN recent_builds.exit_code IS 'Exit code of the script.';
+COMMENT ON COLUMN recent_builds.detail IS 'Why it is in this state.';
+COMMENT ON COLUMN recent_builds.reason IS 'Why it was asked for.';
+COMMENT ON COLUMN recent_builds.submitted_by IS 'Who asked for it.';
+
+CREATE OR REPLACE VIEW build_stats AS
+SELECT b.builder,
+       count(*) AS runs,
+       count(*) FILTER (WHERE b.state = 'passed') AS passed,
+       round(100.0 * count(*) FILTER (WHERE b.state = 'passed') / count(*), 1) AS pass_rate,
+       date_trunc('milliseconds', percentile_cont(0.5) WITHIN GROUP (ORDER BY b.finished_at - b.started_at)) AS median_time,
+       date_trunc('milliseconds', percentile_cont(0.95) WITHIN GROUP (ORDER BY b.finished_at - b.started_at)) AS p95_time,
+       date_trunc('milliseconds', percentile_cont(0.5) WITHIN GROUP (ORDER BY b.started_at - b.queued_at)) AS median_waiting,
+       date_trunc('milliseconds', percentile_cont(0.95) WITHIN GROUP (ORDER BY b.started_at - b.queued_at)) AS p95_waiting
+FROM builds b
+WHERE b.state IN ('passed', 'failed', 'timed_out')
+GROUP BY b.builder
+ORDER BY b.builder;
+COMMENT ON VIEW build_stats IS 'Per builder: runs, pass rate, and how long builds take and wait. Counts builds that ended passed, failed or timed_out.';
+COMMENT ON COLUMN build_stats.builder IS 'The builder.';
+COMMENT ON COLUMN build_stats.runs IS 'Builds that ended with a verdict.';
+COMMENT ON COLUMN build_stats.passed IS 'How many of them passed.';
+COMMENT ON COLUMN build_stats.pass_rate IS 'Passed in percent.';
+COMMENT ON COLUMN build_stats.median_time IS 'Median build time.';
+COMMENT ON COLUMN build_stats.p95_time IS '95th percentile of build time.';
+COMMENT ON COLUMN build_stats.median_waiting IS 'Median time in the queue.';
+COMMENT ON COLUMN build_stats.p95_waiting IS '95th percentile of time in the queue.';

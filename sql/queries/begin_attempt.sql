@@ -1,0 +1,24 @@
+-- Makes an attempt visible before its first process runs. Runs in a short transaction of its own, while the claim's
+-- transaction holds the queue row. No row comes back when the builder no longer allows it.
+-- $1 bigint  build    $2 text  worker    $3 integer  builder slot held    $4 text[]  labels of the worker
+-- Locks: the builds row, for the length of this statement.
+WITH builder AS MATERIALIZED (
+    SELECT r.* FROM build_queue q JOIN builders r ON r.name = q.builder
+    WHERE q.build_id = $1 AND NOT r.paused AND r.max_running >= $3 AND r.labels <@ $4
+), started AS (
+    UPDATE builds b
+    SET state = 'running', attempt = b.attempt + 1, worker = $2, started_at = clock_timestamp(),
+        -- Null where a row was written to build_queue with its triggers disabled.
+        queued_at = coalesce(b.queued_at, clock_timestamp()),
+        finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL
+    FROM builder
+    WHERE b.id = $1 AND b.state <> 'running'
+    RETURNING b.attempt, b.started_at, b.properties::text AS properties, to_jsonb(b)::text AS row_json
+), tried AS (
+    INSERT INTO build_attempts (build_id, attempt, worker, started_at)
+    SELECT $1, s.attempt, $2, s.started_at FROM started s
+)
+SELECT s.attempt, s.properties, s.row_json, r.name AS builder, r.executor, r.script, r.env::text AS env, r.keep_workspace,
+       extract(epoch FROM r.timeout)::float8 AS timeout_seconds,
+       extract(epoch FROM r.silence_timeout)::float8 AS silence_seconds
+FROM started s CROSS JOIN builder r

@@ -1,0 +1,5 @@
+-- Claims the first of the candidates that is still there, ready and not locked.
+-- $1 bigint[]  candidates, by id
+-- Locks: the queue row alone (FOR UPDATE). Reads no other table: a claim that had touched builds or builders would make an
+-- ALTER TABLE on them, and every statement behind that, wait for the whole build.
+SELECT build_id FROM build_queue WHERE build_id = ANY ($1) AND ready ORDER BY priority DESC, build_id LIMIT 1 FOR UPDATE SKIP LOCKED

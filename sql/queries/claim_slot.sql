@@ -1,0 +1,5 @@
+-- Takes one free slot of a builder, for the length of the claim's transaction.
+-- $1 integer  builders.number
+-- $2 integer  builders.max_running
+-- Locks: one advisory transaction lock ($1, slot). The cap holds over all workers because the slots are locks, not counters.
+SELECT slot FROM generate_series(1, $2) AS slot WHERE pg_try_advisory_xact_lock($1, slot) LIMIT 1

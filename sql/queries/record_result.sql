@@ -1,0 +1,54 @@
+-- Records the end of an attempt: verdict, attempt and dequeue (or the next try) together. Runs in the claim's transaction,
+-- as its only write. No row comes back when the attempt is not the build's running one any more.
+-- $1 build  $2 attempt  $3 attempt_state  $4 exit code  $5 signal  $6 detail  $7 user seconds  $8 system seconds
+-- $9 max rss, bytes  $10 log, bytes  $11 charged: whether the attempt counts (false: it was given back)
+-- Locks: the rows of builds, build_attempts and build_queue of this build, until the COMMIT that follows.
+WITH ended AS MATERIALIZED (
+    SELECT $1::bigint AS build_id, $2::integer AS attempt, $3::text AS state, $4::integer AS exit_code, $5::integer AS term_signal,
+           $6::text AS detail, $7::float8 AS user_seconds, $8::float8 AS system_seconds, $9::bigint AS max_rss_bytes,
+           $10::bigint AS log_bytes, $11::boolean AS charged
+), tries AS MATERIALIZED (
+    SELECT count(*) FILTER (WHERE a.state IN ('error', 'lost')) AS broken,
+           count(*) FILTER (WHERE a.state IN ('failed', 'timed_out')) AS failed
+    FROM builds b JOIN build_attempts a ON a.build_id = b.id AND a.attempt <> $2::integer AND a.started_at >= b.queued_at
+    WHERE b.id = $1::bigint
+), verdict AS MATERIALIZED (
+    SELECT CASE
+               WHEN NOT e.charged THEN 'queued'
+               WHEN e.state IN ('error', 'lost') THEN CASE WHEN t.broken + 1 < r.max_attempts THEN 'queued' ELSE 'error' END
+               WHEN e.state IN ('failed', 'timed_out') AND t.failed < r.retry_failed THEN 'queued'
+               ELSE e.state
+           END::build_state AS state,
+           -- What we broke is tried again after 1, 2, 4, ... seconds, at most 5 minutes; a flaky build at once.
+           CASE WHEN e.charged AND e.state IN ('error', 'lost') THEN least(power(2, t.broken), 300) ELSE 0 END AS delay_seconds,
+           CASE
+               WHEN NOT e.charged THEN e.detail
+               WHEN e.state = 'lost' THEN concat_ws(': ', format('attempt %s of %s lost', t.broken + 1, r.max_attempts), e.detail)
+               WHEN e.state = 'error' THEN concat_ws(': ', format('attempt %s of %s broke', t.broken + 1, r.max_attempts), e.detail)
+               WHEN e.state IN ('failed', 'timed_out') AND r.retry_failed > 0
+                   THEN concat_ws(': ', format('try %s of %s', t.failed + 1, r.retry_failed + 1), e.detail)
+               WHEN t.broken + t.failed > 0 THEN concat_ws(': ', format('passed in try %s', t.broken + t.failed + 1), e.detail)
+               ELSE e.detail
+           END AS detail
+    FROM ended e, tries t, builds b JOIN builders r ON r.name = b.builder
+    WHERE b.id = $1::bigint AND b.state = 'running' AND b.attempt = $2::integer
+), attempt AS (
+    UPDATE build_attempts a
+    SET state = e.state::attempt_state, finished_at = clock_timestamp(), exit_code = e.exit_code, term_signal = e.term_signal,
+        detail = e.detail, user_seconds = e.user_seconds, system_seconds = e.system_seconds, max_rss_bytes = e.max_rss_bytes,
+        log_bytes = e.log_bytes
+    FROM ended e, verdict v WHERE a.build_id = e.build_id AND a.attempt = e.attempt
+    RETURNING a.finished_at
+), build AS (
+    UPDATE builds b
+    SET state = v.state, detail = v.detail, exit_code = e.exit_code, term_signal = e.term_signal,
+        finished_at = CASE WHEN build_state_is_final(v.state) THEN a.finished_at END
+    FROM ended e, verdict v, attempt a WHERE b.id = e.build_id
+), again AS (
+    UPDATE build_queue q
+    SET run_after = CASE WHEN v.delay_seconds > 0 THEN clock_timestamp() + make_interval(secs => v.delay_seconds) ELSE q.run_after END
+    FROM ended e, verdict v WHERE q.build_id = e.build_id AND NOT build_state_is_final(v.state)
+), done AS (
+    DELETE FROM build_queue q USING ended e, verdict v WHERE q.build_id = e.build_id AND build_state_is_final(v.state)
+)
+SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds FROM verdict v

@@ -1,0 +1,13 @@
+-- A worker reports in, at its start and each time it looks at everything.
+-- $1 name  $2 host  $3 pid  $4 version  $5 slots  $6 labels  $7 builders  $8 state  $9 detail  $10 boolean: it has just started
+-- Comes back: how many other workers are not stopped. Asking for the queue's usage lets PostgreSQL forget a listener that
+-- stopped reading; else a full notification queue would make every INSERT fail at COMMIT.
+WITH hello AS (
+    INSERT INTO workers AS w (name, host, pid, version, slots, labels, builders, state, detail)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+    ON CONFLICT (name) DO UPDATE
+    SET host = excluded.host, pid = excluded.pid, version = excluded.version, slots = excluded.slots, labels = excluded.labels,
+        builders = excluded.builders, state = excluded.state, detail = excluded.detail, seen_at = clock_timestamp(),
+        started_at = CASE WHEN $10 THEN clock_timestamp() ELSE w.started_at END
+)
+SELECT count(*) AS others, pg_notification_queue_usage() AS notification_queue FROM workers WHERE name <> $1 AND state <> 'stopped'

@@ -1,0 +1,156 @@
+//! The command line: one file a command.
+
+mod migrate;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{self, Config};
+use crate::database::{ConnInfo, DatabaseError};
+use crate::report::Chain;
+
+/// PostgreSQL as a build server: INSERT a row, get a build.
+#[derive(Parser)]
+#[command(name = "buildreactor", version, max_term_width = 100, after_help = AFTER_HELP)]
+struct Arguments {
+    /// Configuration file (TOML); without it, /etc/buildreactor/buildreactor.toml if that exists, else defaults
+    #[arg(long, short, global = true, value_name = "FILE", env = "BUILDREACTOR_CONFIG")]
+    config: Option<PathBuf>,
+
+    /// Database: a URL (postgresql://user@host/builds), a key=value string, or a name; else [database] url, else PG* variables
+    #[arg(long, short, global = true, value_name = "CONNECTION")]
+    database: Option<String>,
+
+    /// Write the log of the daemon as JSON, one object a line
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+A first build, with psql:
+  INSERT INTO builders (name, script) VALUES ('hello', 'echo hello');
+  INSERT INTO build_queue (builder) VALUES ('hello') RETURNING build_id;
+
+Exit codes: 0 done; 1 something is wrong, or the build did not pass; 2 wrong command line;
+69 database unreachable; 70 a bug of buildreactor; 75 try again; 78 wrong configuration or schema.
+
+BUILDREACTOR_LOG sets how much the daemon logs: error, warn, info (default), debug, or per room
+(info,buildreactor::reactor=debug).";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run builds: a worker, until SIGTERM or SIGINT (running builds are given back to the queue); SIGUSR1 finishes them first
+    Run(run::Arguments),
+    /// Create or upgrade the tables, views and functions in the database; safe to run twice, and while builds run
+    Migrate,
+    /// (internal) Own the processes of builds for a daemon
+    #[command(hide = true)]
+    Keeper {
+        /// The worker's folder
+        dir: PathBuf,
+    },
+}
+
+/// Exit codes, as in sysexits.h.
+mod exit {
+    pub const UNAVAILABLE: u8 = 69;
+    pub const SOFTWARE: u8 = 70;
+    pub const TEMPFAIL: u8 = 75;
+    pub const CONFIG: u8 = 78;
+}
+
+/// Parses the command line and runs the command.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // Before anything else has threads: the keeper forks.
+    if let Command::Keeper { dir } = &arguments.command {
+        return crate::executor::process::keeper::keep(dir);
+    }
+    start_log(arguments.json);
+    match dispatch(arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("buildreactor: {}", Chain(error.as_ref()));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut config = Config::load(arguments.config.as_deref(), &config::environment)?;
+    if arguments.database.is_some() {
+        config.database.url = arguments.database;
+    }
+    let code = runtime.block_on(async {
+        match arguments.command {
+            Command::Run(arguments) => run::run(arguments, config).await,
+            Command::Migrate => migrate::run(&config).await,
+            Command::Keeper { .. } => Ok(ExitCode::SUCCESS),
+        }
+    });
+    // What still blocks a thread (a folder being removed) does not keep a command from ending.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    code
+}
+
+/// The database that the configuration names.
+fn conninfo(config: &Config) -> anyhow::Result<ConnInfo> {
+    Ok(ConnInfo::from_env(config.database.url.as_deref())?)
+}
+
+/// Which exit code says what kind of error this is.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<config::ConfigErrors>() || error.is::<crate::database::conninfo::ConnInfoError>() {
+        return exit::CONFIG;
+    }
+    if let Some(error) = error.downcast_ref::<crate::daemon::DaemonError>() {
+        use crate::daemon::DaemonError;
+        return match error {
+            DaemonError::Database(error) => database_exit_code(error),
+            DaemonError::Schema(_) | DaemonError::Folder { .. } => exit::CONFIG,
+            DaemonError::Signals(_) => exit::SOFTWARE,
+        };
+    }
+    if let Some(error) = error.downcast_ref::<crate::database::migrate::MigrateError>() {
+        use crate::database::migrate::MigrateError;
+        return match error {
+            MigrateError::Database(error) => database_exit_code(error),
+            MigrateError::Newer { .. } | MigrateError::NoSchema => exit::CONFIG,
+            MigrateError::Migration(_) => 1,
+            MigrateError::Locked { .. } => exit::TEMPFAIL,
+        };
+    }
+    error.downcast_ref::<DatabaseError>().map_or(1, database_exit_code)
+}
+
+fn database_exit_code(error: &DatabaseError) -> u8 {
+    match error {
+        DatabaseError::ConnInfo(_) => exit::CONFIG,
+        DatabaseError::NameInUse { .. } => exit::TEMPFAIL,
+        DatabaseError::Connect { .. } | DatabaseError::Pool { .. } | DatabaseError::NoAnswer { .. } => {
+            // The server answered, and refuses us: no such database, role or password.
+            if error.is_transient() { exit::UNAVAILABLE } else { exit::CONFIG }
+        }
+        DatabaseError::Statement { .. } if error.sqlstate().is_none() => exit::UNAVAILABLE,
+        DatabaseError::Statement { .. } | DatabaseError::Unexpected { .. } => 1,
+    }
+}
+
+fn start_log(json: bool) {
+    use std::io::IsTerminal;
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BUILDREACTOR_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,tokio_postgres=warn,refinery_core=warn"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    if json {
+        builder.json().flatten_event(true).init();
+    } else {
+        builder.with_ansi(std::io::stderr().is_terminal()).init();
+    }
+}

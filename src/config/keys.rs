@@ -1,0 +1,176 @@
+//! The table of all keys: the only place that knows which exist and what each must look like.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::Config;
+use super::value::{DAY, Value};
+
+/// Sections of the design whose behaviour does not exist yet. An issue that adds one takes it out
+/// here and adds its keys to [`KEYS`].
+pub(super) const NOT_YET: &[&str] = &["mail", "buildbot", "kick", "http", "retention"];
+
+/// One setting.
+pub(super) struct Key {
+    pub(super) section: &'static str,
+    pub(super) name: &'static str,
+    /// Ends the sentence "it must be ...".
+    pub(super) must: &'static str,
+    /// A good value as TOML; without quotes and brackets it is a variable's.
+    pub(super) example: &'static str,
+    pub(super) set: fn(&mut Config, &Value<'_>) -> Result<(), String>,
+}
+
+impl Key {
+    /// `BUILDREACTOR_SECTION_KEY`.
+    pub(super) fn variable(&self) -> String {
+        format!("BUILDREACTOR_{}_{}", self.section, self.name).to_uppercase()
+    }
+
+    /// The example as a line of the file.
+    pub(super) fn file_example(&self) -> String {
+        format!("`{} = {}`", self.name, self.example)
+    }
+
+    /// The example as an assignment in a shell's manner.
+    pub(super) fn variable_example(&self, variable: &str) -> String {
+        let plain = self.example.replace(['"', '[', ']'], "");
+        format!("`{variable}={plain}`")
+    }
+}
+
+const LEASE_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=DAY;
+const LEASE_MUST: &str = "a duration with a unit, from 1 ms to 1 day";
+
+pub(super) static KEYS: &[Key] = &[
+    Key {
+        section: "database",
+        name: "url",
+        must: "a connection string (left out: the `PG*` variables)",
+        example: "\"postgresql:///builds\"",
+        set: |c, v| v.text().map(|url| c.database.url = Some(url)),
+    },
+    Key {
+        section: "worker",
+        name: "name",
+        must: "1 to 63 characters of `A-Z a-z 0-9 . _ -`, not only dots",
+        example: "\"linux-1\"",
+        set: |c, v| v.name().map(|name| c.worker.name = name),
+    },
+    Key {
+        section: "worker",
+        name: "slots",
+        must: "a whole number from 1 to 1000",
+        example: "2",
+        set: |c, v| v.count(1..=1000).map(|slots| c.worker.slots = slots),
+    },
+    Key {
+        section: "worker",
+        name: "labels",
+        must: "a list of labels, neither empty nor with a comma in them",
+        example: "[\"linux\", \"big\"]",
+        set: |c, v| v.list().map(|labels| c.worker.labels = labels),
+    },
+    Key {
+        section: "worker",
+        name: "builders",
+        must: "a list of builder names, in which `*` stands for any characters and `?` for one",
+        example: "[\"linux-*\", \"docs\"]",
+        set: |c, v| v.patterns().map(|patterns| c.worker.builders = patterns),
+    },
+    Key {
+        section: "worker",
+        name: "state_dir",
+        must: "an absolute path",
+        example: "\"/var/lib/buildreactor\"",
+        set: |c, v| v.absolute_path().map(|path| c.worker.state_dir = path),
+    },
+    Key {
+        section: "worker",
+        name: "min_free_disk",
+        must: "a whole number and a unit such as `kB`, `MiB` or `GiB`, or 0",
+        example: "\"1 GiB\"",
+        set: |c, v| v.size(0).map(|bytes| c.worker.min_free_disk = bytes),
+    },
+    Key {
+        section: "reactor",
+        name: "poll",
+        must: "a duration with a unit, from 100 ms to 1 day",
+        example: "\"30s\"",
+        set: |c, v| v.duration(Duration::from_millis(100)..=DAY).map(|poll| c.reactor.poll = poll),
+    },
+    Key {
+        section: "lease",
+        name: "ping",
+        must: LEASE_MUST,
+        example: "\"5s\"",
+        set: |c, v| v.duration(LEASE_TIMES).map(|ping| c.lease.ping = ping),
+    },
+    Key {
+        section: "lease",
+        name: "lease",
+        must: LEASE_MUST,
+        example: "\"40s\"",
+        set: |c, v| v.duration(LEASE_TIMES).map(|lease| c.lease.lease = lease),
+    },
+    Key {
+        section: "lease",
+        name: "grace",
+        must: LEASE_MUST,
+        example: "\"60s\"",
+        set: |c, v| v.duration(LEASE_TIMES).map(|grace| c.lease.grace = grace),
+    },
+    Key {
+        section: "log",
+        name: "database_limit",
+        must: "a whole number and a unit such as `kB`, `MiB` or `GiB`, at least 16 KiB",
+        example: "\"1 MiB\"",
+        set: |c, v| v.size(16 << 10).map(|bytes| c.log.database_limit = bytes),
+    },
+    Key {
+        section: "log",
+        name: "file_limit",
+        must: "a whole number and a unit such as `kB`, `MiB` or `GiB`, at least 64 KiB",
+        example: "\"256 MiB\"",
+        set: |c, v| v.size(64 << 10).map(|bytes| c.log.file_limit = bytes),
+    },
+    Key {
+        section: "log",
+        name: "keep",
+        must: "a duration with a unit, from 1 ms to 36500 days",
+        example: "\"30 days\"",
+        set: |c, v| v.duration(Duration::from_millis(1)..=36_500 * DAY).map(|keep| c.log.keep = keep),
+    },
+];
+
+/// The sections of [`KEYS`], each once.
+pub(super) fn sections() -> Vec<&'static str> {
+    let mut sections: Vec<_> = KEYS.iter().map(|key| key.section).collect();
+    sections.dedup();
+    sections
+}
+
+/// The candidate that `name` was probably meant to be: at most one letter in three differs.
+pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .map(|candidate| (distance(name, candidate), candidate))
+        .min()
+        .filter(|(distance, candidate)| *distance <= (candidate.len() / 3).max(1))
+        .map(|(_, candidate)| candidate)
+}
+
+/// How many letters to insert, delete or replace (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}

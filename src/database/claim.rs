@@ -1,0 +1,266 @@
+//! The claim: one connection, one transaction, open for the whole build. It locks the queue row and writes nothing until
+//! the result (invariant 2).
+
+use std::time::Duration;
+
+use deadpool_postgres::Object;
+use tokio::time::Instant;
+use tokio_postgres::types::ToSql;
+
+use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, queries};
+use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
+
+/// How often recording is tried again on the same claim after a deadlock or lock timeout; the row lock survives
+/// `ROLLBACK TO SAVEPOINT`.
+const RECORD_TRIES: u32 = 20;
+
+/// A session that may hold a claim. Dropping it ends the session, and with it the transaction: a claim never goes back to
+/// the pool by accident.
+pub struct Claim {
+    session: Option<Object>,
+}
+
+/// What came of an attempt to claim.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Tried {
+    /// The row and one of the builder's slots are ours until the transaction ends.
+    Claimed {
+        /// The build.
+        build: BuildId,
+        /// The builder's slot, from 1.
+        slot: i32,
+    },
+    /// Every slot of the builder is held, here or elsewhere.
+    BuilderBusy,
+    /// None of the candidates is there, ready and unlocked any more.
+    RowsGone,
+}
+
+impl Database {
+    /// A session for a claim.
+    ///
+    /// # Errors
+    /// No connection.
+    pub async fn claim(&self) -> Result<Claim> {
+        Ok(Claim { session: Some(self.claim_session().await?) })
+    }
+}
+
+impl Claim {
+    fn session(&self) -> Result<&Object> {
+        self.session
+            .as_ref()
+            .ok_or_else(|| DatabaseError::Unexpected { step: "use a claim", what: "it has ended".to_owned() })
+    }
+
+    /// Opens the transaction, takes a slot of `builder` and locks the first of `candidates` that is free: one round trip.
+    /// On [`Tried::BuilderBusy`] and [`Tried::RowsGone`] the transaction is rolled back.
+    ///
+    /// # Errors
+    /// The connection is gone or the server refused; then nothing is held.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves a claim that must be dropped too.
+    pub async fn take(&mut self, builder: &Builder, candidates: &[BuildId]) -> Result<Tried> {
+        const STEP: &str = "claim a build";
+        let session = self.session()?;
+        let slot_sql = answered(STEP, session.prepare_cached(queries::CLAIM_SLOT)).await?;
+        let row_sql = answered(STEP, session.prepare_cached(queries::CLAIM_ROW)).await?;
+        let ids: Vec<i64> = candidates.iter().map(|id| id.0).collect();
+        // Pipelined: sent together, answered in order. The last, by the simple protocol, closes the portal of the one
+        // before, whose snapshot would otherwise stay open with the transaction and make every
+        // CREATE INDEX CONCURRENTLY in the database wait for this build.
+        let slot_of: [&(dyn ToSql + Sync); 2] = [&builder.number, &builder.max_running];
+        let row_of: [&(dyn ToSql + Sync); 1] = [&ids];
+        let (begun, slot, row, closed) = answered(STEP, async {
+            Ok(tokio::join!(
+                session.batch_execute("BEGIN"),
+                session.query_opt(&slot_sql, &slot_of),
+                session.query_opt(&row_sql, &row_of),
+                session.batch_execute("SELECT 1"),
+            ))
+        })
+        .await?;
+        let failed = |source| DatabaseError::Statement { step: STEP, source };
+        begun.map_err(failed)?;
+        let slot = slot.map_err(failed)?;
+        let row = row.map_err(failed)?;
+        closed.map_err(failed)?;
+        match (slot, row) {
+            (Some(slot), Some(row)) => Ok(Tried::Claimed { build: BuildId(row.get(0)), slot: slot.get(0) }),
+            (None, _) => {
+                self.release().await?;
+                Ok(Tried::BuilderBusy)
+            }
+            (Some(_), None) => {
+                self.release().await?;
+                Ok(Tried::RowsGone)
+            }
+        }
+    }
+
+    /// Opens the transaction and locks the row of an attempt that was started before: after a lost connection, or to
+    /// record that its worker is lost. `slot`: the builder's number and slot to hold again with it.
+    /// False: somebody else holds the row or the slot, or the build is no longer queued; nothing is held then.
+    ///
+    /// # Errors
+    /// The connection is gone or the server refused.
+    pub async fn take_again(&mut self, id: AttemptId, slot: Option<(i32, i32)>) -> Result<bool> {
+        const STEP: &str = "lock the row of a build again";
+        let session = self.session()?;
+        answered(STEP, session.batch_execute("BEGIN")).await?;
+        let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&id.build.0])).await?;
+        let mut held = row.is_some();
+        if let (true, Some((number, slot))) = (held, slot) {
+            const SQL: &str = "SELECT pg_try_advisory_xact_lock($1, $2)";
+            held = answered(STEP, session.query_one(SQL, &[&number, &slot])).await?.get(0);
+        }
+        // Also closes the portals, as in `take`.
+        answered(STEP, session.batch_execute("SELECT 1")).await?;
+        if !held {
+            self.release().await?;
+        }
+        Ok(held)
+    }
+
+    /// Shows that the claim still stands, and keeps the server from ending its session.
+    ///
+    /// # Errors
+    /// It does not stand, or there was no answer within `deadline`.
+    ///
+    /// # Cancel safety
+    /// Safe: the answer of a dropped ping is thrown away.
+    pub async fn ping(&self, deadline: Duration) -> Result<()> {
+        const STEP: &str = "ping the claim of a build";
+        let session = self.session()?;
+        match tokio::time::timeout(deadline, session.batch_execute("SELECT 1")).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(DatabaseError::Statement { step: STEP, source }),
+            Err(_) => Err(DatabaseError::NoAnswer { step: STEP, after: deadline }),
+        }
+    }
+
+    /// Gives up what is held and keeps the session for the next claim.
+    ///
+    /// # Errors
+    /// The connection is gone; then the server has released it.
+    pub async fn release(&mut self) -> Result<()> {
+        answered("roll a claim back", self.session()?.batch_execute("ROLLBACK")).await
+    }
+
+    /// Records the end of an attempt and commits: verdict, attempt, dequeue (or the next try) become visible together, once.
+    /// `Ok(None)`: the attempt is not its build's running one any more; nothing was written.
+    ///
+    /// A value that the server refuses is left out rather than the result: a NUL byte in a detail must not make a finished
+    /// build run again for ever.
+    ///
+    /// # Errors
+    /// Before COMMIT: nothing was recorded. At COMMIT: unknown; ask [`Database::attempt_state`] over another connection.
+    pub async fn record(&mut self, id: AttemptId, ended: &Ended) -> Result<Option<Recorded>> {
+        let mut plain = None;
+        for tried in 1.. {
+            let ended = plain.as_ref().unwrap_or(ended);
+            match self.write_result(id, ended).await {
+                Ok(None) => {
+                    self.release().await?;
+                    return Ok(None);
+                }
+                Ok(Some(recorded)) => {
+                    answered("commit the result of a build", self.session()?.batch_execute("COMMIT")).await?;
+                    return Ok(Some(recorded));
+                }
+                Err(error) => {
+                    let again = (error.is_bad_data() && plain.is_none()) || error.is_transient();
+                    if error.sqlstate().is_none() || !again || tried == RECORD_TRIES {
+                        return Err(error);
+                    }
+                    answered("keep a claim", self.session()?.batch_execute("ROLLBACK TO SAVEPOINT result")).await?;
+                    if error.is_bad_data() {
+                        plain = Some(Ended {
+                            exit: None,
+                            detail: Some(format!("recorded without details: {}", crate::report::Chain(&error))),
+                            usage: None,
+                            log_bytes: None,
+                            outcome: ended.outcome,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    async fn write_result(&self, id: AttemptId, ended: &Ended) -> Result<Option<Recorded>> {
+        const STEP: &str = "record the result of a build";
+        let session = self.session()?;
+        let sql = answered(STEP, session.prepare_cached(queries::RECORD_RESULT)).await?;
+        let (code, signal) = match ended.exit {
+            Some(Exit::Code(code)) => (Some(code), None),
+            Some(Exit::Signal(signal)) => (None, Some(signal)),
+            None => (None, None),
+        };
+        let detail = ended.detail.as_ref().map(|text| crate::model::clean_line(text, 2000));
+        let charged = ended.outcome != Outcome::GivenBack;
+        let state = ended.outcome.attempt_state();
+        let usage = ended.usage;
+        let (user, system, rss) =
+            (usage.map(|u| u.user_seconds), usage.map(|u| u.system_seconds), usage.map(|u| u.max_rss_bytes));
+        let values: [&(dyn ToSql + Sync); 11] = [
+            &id.build.0,
+            &id.attempt,
+            &state,
+            &code,
+            &signal,
+            &detail,
+            &user,
+            &system,
+            &rss,
+            &ended.log_bytes,
+            &charged,
+        ];
+        let (saved, row) = answered(STEP, async {
+            Ok(tokio::join!(session.batch_execute("SAVEPOINT result"), session.query_opt(&sql, &values)))
+        })
+        .await?;
+        saved.map_err(|source| DatabaseError::Statement { step: STEP, source })?;
+        let row = row.map_err(|source| DatabaseError::Statement { step: STEP, source })?;
+        Ok(row.map(|row| {
+            let state: String = row.get("state");
+            let delay: f64 = row.get("delay_seconds");
+            let retry_in = (state == "queued").then(|| Duration::from_secs_f64(delay));
+            Recorded { state, retry_in }
+        }))
+    }
+
+    /// Puts the session back to the pool after its transaction has ended.
+    pub fn finish(mut self) {
+        drop(self.session.take());
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take() {
+            // Out of the pool: closing the connection is what ends the transaction, whatever state it is in.
+            drop(Object::take(session));
+        }
+    }
+}
+
+/// When the next ping is due, and the last time the claim was seen to stand.
+pub struct Pulse {
+    /// Last confirmation.
+    pub confirmed: Instant,
+}
+
+impl Pulse {
+    /// A claim that was just confirmed.
+    pub fn now() -> Pulse {
+        Pulse { confirmed: Instant::now() }
+    }
+
+    /// How long a ping may take: up to [`ANSWER_TIME`], less when the lease ends before.
+    pub fn patience(&self, lease: Duration) -> Duration {
+        lease.saturating_sub(self.confirmed.elapsed()).min(ANSWER_TIME)
+    }
+}

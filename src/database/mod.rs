@@ -1,0 +1,165 @@
+//! The only room that names `tokio_postgres` or `deadpool_postgres`: connections, pools, the listener, migrations, and one
+//! function per file in `sql/queries`.
+//!
+//! Three kinds of sessions, each of its own: **watch** (one: LISTEN, the worker's name lock, the looks at the queue),
+//! **claim** (one for each running build: the transaction that holds the queue row) and **work** (a few, for everything short).
+
+pub mod claim;
+pub mod conninfo;
+mod error;
+
+pub mod migrate;
+pub mod queries;
+
+mod tls;
+pub mod watch;
+
+use std::future::Future;
+use std::time::Duration;
+
+use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
+
+pub use self::claim::{Claim, Tried};
+pub use self::conninfo::ConnInfo;
+pub use self::error::DatabaseError;
+pub use self::watch::{News, Watch};
+
+/// Result of a step in the database.
+pub type Result<T> = std::result::Result<T, DatabaseError>;
+
+/// How long a short statement may take before the connection counts as dead. Fixed: well above a loaded server's answer,
+/// well below the lease.
+pub const ANSWER_TIME: Duration = Duration::from_secs(10);
+
+/// Work connections on top of one for each slot: the start of an attempt and its log do not wait for each other's turn long.
+pub const WORK_CONNECTIONS: u32 = 4;
+
+/// Settings of sessions that run short statements. `buildreactor.session` tells the triggers that this is no person.
+/// `enable_seqscan`: with a long claim open the queue is mostly dead rows, its statistics mean little, and a sequential
+/// scan would read them all.
+const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
+    SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET default_transaction_isolation = 'read committed'";
+
+/// The databases' connections of one daemon or command.
+#[derive(Clone)]
+pub struct Database {
+    info: ConnInfo,
+    work: Pool,
+    claims: Pool,
+}
+
+/// Numbers that the claim sessions need.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionLimits {
+    /// How many claims may be open at once.
+    pub slots: u32,
+    /// After this long without a ping the server ends a claim's session and frees its row (the server's own dead man's
+    /// switch, `idle_in_transaction_session_timeout`; it works for a stopped client and a silent network alike).
+    pub claim_idle: Duration,
+}
+
+impl Database {
+    /// Prepares pools; connects to nothing yet.
+    ///
+    /// # Errors
+    /// The connection string's TLS files cannot be used.
+    pub fn new(info: ConnInfo, limits: SessionLimits, application_name: &str) -> Result<Database> {
+        let claim_session = format!(
+            "SET buildreactor.session = 'daemon'; SET statement_timeout = 0; SET lock_timeout = '5s'; \
+             SET idle_in_transaction_session_timeout = {idle}; SET enable_seqscan = off; \
+             SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
+             SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')",
+            idle = limits.claim_idle.as_millis(),
+        );
+        let work =
+            pool(&info, limits.slots + WORK_CONNECTIONS, WORK_SESSION.to_owned(), &format!("{application_name} work"))?;
+        let claims = pool(&info, limits.slots + 1, claim_session, &format!("{application_name} claim"))?;
+        Ok(Database { info, work, claims })
+    }
+
+    /// Connections that this many slots need at most: watch, claims, work.
+    pub fn budget(slots: u32) -> u32 {
+        1 + (slots + 1) + (slots + WORK_CONNECTIONS)
+    }
+
+    /// Where it is, for messages.
+    pub fn info(&self) -> &ConnInfo {
+        &self.info
+    }
+
+    async fn work(&self) -> Result<Object> {
+        self.from_pool(&self.work).await
+    }
+
+    async fn claim_session(&self) -> Result<Object> {
+        self.from_pool(&self.claims).await
+    }
+
+    async fn from_pool(&self, pool: &Pool) -> Result<Object> {
+        pool.get().await.map_err(|source| DatabaseError::Pool { place: self.info.describe(), source: Box::new(source) })
+    }
+}
+
+fn pool(info: &ConnInfo, size: u32, session: String, application_name: &str) -> Result<Pool> {
+    let config = client_config(info, application_name);
+    let manager = Manager::from_config(config, info.tls()?, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+    let prepare = Hook::async_fn(move |client: &mut deadpool_postgres::ClientWrapper, _| {
+        let session = session.clone();
+        Box::pin(async move { client.batch_execute(&session).await.map_err(HookError::Backend) })
+    });
+    Pool::builder(manager)
+        .max_size(size as usize)
+        .timeouts(Timeouts { wait: Some(ANSWER_TIME), create: Some(ANSWER_TIME), recycle: Some(ANSWER_TIME) })
+        .runtime(Runtime::Tokio1)
+        .post_create(prepare)
+        .build()
+        .map_err(|error| DatabaseError::Unexpected { step: "set up a connection pool", what: error.to_string() })
+}
+
+/// The person's connection settings, with ours where they left them open: a dead peer is noticed within some 10 s
+/// (keepalives 5/2/3, `tcp_user_timeout` 10 s: a keepalive alone notices nothing while a request is unanswered).
+fn client_config(info: &ConnInfo, application_name: &str) -> tokio_postgres::Config {
+    let mut config = info.config();
+    if config.get_application_name().is_none() {
+        config.application_name(application_name);
+    }
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(ANSWER_TIME);
+    }
+    if config.get_tcp_user_timeout().is_none() {
+        config.tcp_user_timeout(ANSWER_TIME);
+    }
+    config.keepalives_idle(Duration::from_secs(5));
+    config.keepalives_interval(Duration::from_secs(2));
+    config.keepalives_retries(3);
+    config
+}
+
+/// One connection of its own, and the future that drives it.
+async fn connect(
+    info: &ConnInfo,
+    application_name: &str,
+) -> Result<(
+    tokio_postgres::Client,
+    tokio_postgres::Connection<
+        tokio_postgres::Socket,
+        <tokio_postgres_rustls::MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<tokio_postgres::Socket>>::Stream,
+    >,
+)>{
+    client_config(info, application_name)
+        .connect(info.tls()?)
+        .await
+        .map_err(|source| DatabaseError::Connect { place: info.describe(), source })
+}
+
+/// Runs a step with [`ANSWER_TIME`].
+async fn answered<T>(
+    step: &'static str,
+    work: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
+) -> Result<T> {
+    match tokio::time::timeout(ANSWER_TIME, work).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(source)) => Err(DatabaseError::Statement { step, source }),
+        Err(_) => Err(DatabaseError::NoAnswer { step, after: ANSWER_TIME }),
+    }
+}

@@ -1,0 +1,196 @@
+//! One constant and one function per file in `sql/queries`. All but the claim's run on a work connection, each in a
+//! transaction of its own.
+
+use std::time::Duration;
+
+use super::{Database, DatabaseError, Result, answered};
+use crate::model::{AttemptId, BuildId, Job};
+
+macro_rules! statements {
+    ($($name:ident = $file:literal;)*) => {
+        $(
+            #[doc = concat!("`sql/queries/", $file, "`")]
+            pub const $name: &str = include_str!(concat!("../../sql/queries/", $file));
+        )*
+        /// Every statement with its file name: a test prepares each against a migrated database.
+        pub const ALL: &[(&str, &str)] = &[$(($file, $name)),*];
+    };
+}
+
+statements! {
+    ATTEMPT_STATE = "attempt_state.sql";
+    BEGIN_ATTEMPT = "begin_attempt.sql";
+    CLAIM_AGAIN = "claim_again.sql";
+    CLAIM_ROW = "claim_row.sql";
+    CLAIM_SLOT = "claim_slot.sql";
+    LOG_DELETE = "log_delete.sql";
+    LOG_INSERT = "log_insert.sql";
+    LOOK_ALL = "look_all.sql";
+    LOOK_BUILDERS = "look_builders.sql";
+    LOOK_NEW = "look_new.sql";
+    LOOK_UNLOCKED = "look_unlocked.sql";
+    NEXT_DUE = "next_due.sql";
+    NOTIFY = "notify.sql";
+    PROMOTE_DUE = "promote_due.sql";
+    RECORD_RESULT = "record_result.sql";
+    WORKER_HELLO = "worker_hello.sql";
+    WORKER_HOLDER = "worker_holder.sql";
+}
+
+/// A worker as it presents itself.
+#[derive(Clone, Debug)]
+pub struct Hello {
+    /// `workers.name`.
+    pub name: String,
+    /// Machine.
+    pub host: String,
+    /// Process id.
+    pub pid: i32,
+    /// Builds at once.
+    pub slots: i32,
+    /// Labels offered.
+    pub labels: Vec<String>,
+    /// Patterns of builder names.
+    pub builders: Vec<String>,
+}
+
+/// A piece of a log to write, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogChange {
+    /// Adds, or replaces, the piece `seq`.
+    Put {
+        /// Order of the piece.
+        seq: i64,
+        /// Its text, without NUL.
+        content: String,
+    },
+    /// Removes the pieces `first..=last`.
+    Delete {
+        /// First seq to go.
+        first: i64,
+        /// Last seq to go.
+        last: i64,
+    },
+}
+
+impl Database {
+    /// Makes an attempt visible, and brings everything needed to run it. `None`: the builder is paused, or its limits
+    /// have changed, or the build is not waiting.
+    ///
+    /// # Errors
+    /// Nothing was started.
+    pub async fn begin_attempt(
+        &self,
+        build: BuildId,
+        worker: &str,
+        slot: i32,
+        labels: &[String],
+    ) -> Result<Option<Job>> {
+        const STEP: &str = "start an attempt";
+        let session = self.work().await?;
+        let sql = answered(STEP, session.prepare_cached(BEGIN_ATTEMPT)).await?;
+        let Some(row) = answered(STEP, session.query_opt(&sql, &[&build.0, &worker, &slot, &labels])).await? else {
+            return Ok(None);
+        };
+        let unexpected = |error: serde_json::Error| DatabaseError::Unexpected { step: STEP, what: error.to_string() };
+        let properties = serde_json::from_str(row.get("properties")).map_err(unexpected)?;
+        let env: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(row.get("env")).map_err(unexpected)?;
+        let env = env.into_iter().filter_map(|(key, value)| Some((key, value.as_str()?.to_owned()))).collect();
+        Ok(Some(Job {
+            id: AttemptId { build, attempt: row.get("attempt") },
+            builder: row.get("builder"),
+            slot,
+            worker: worker.to_owned(),
+            executor: row.get("executor"),
+            script: row.get("script"),
+            env,
+            properties,
+            row: row.get("row_json"),
+            timeout: Duration::from_secs_f64(row.get("timeout_seconds")),
+            silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(Duration::from_secs_f64),
+            keep_workspace: row.get("keep_workspace"),
+            dir: std::path::PathBuf::new(),
+        }))
+    }
+
+    /// What `build_attempts` says of an attempt, and whether it is still its build's running one. `None`: no such attempt.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn attempt_state(&self, id: AttemptId) -> Result<Option<(String, bool)>> {
+        const STEP: &str = "look up an attempt";
+        let session = self.work().await?;
+        let row = answered(STEP, session.query_opt(ATTEMPT_STATE, &[&id.build.0, &id.attempt])).await?;
+        Ok(row.map(|row| (row.get("state"), row.get("current"))))
+    }
+
+    /// Writes to a log. `synchronous_commit` is off for it: the COMMIT of the result, later on, makes it durable, and until
+    /// then the file on the worker has it.
+    ///
+    /// # Errors
+    /// None of the changes was written.
+    pub async fn write_log(&self, id: AttemptId, changes: &[LogChange]) -> Result<()> {
+        const STEP: &str = "write the log of a build";
+        let mut session = self.work().await?;
+        let put = answered(STEP, session.prepare_cached(LOG_INSERT)).await?;
+        let delete = answered(STEP, session.prepare_cached(LOG_DELETE)).await?;
+        let transaction = answered(STEP, session.transaction()).await?;
+        answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
+        for change in changes {
+            match change {
+                LogChange::Put { seq, content } => {
+                    answered(STEP, transaction.execute(&put, &[&id.build.0, &id.attempt, seq, content])).await?;
+                }
+                LogChange::Delete { first, last } => {
+                    answered(STEP, transaction.execute(&delete, &[&id.build.0, &id.attempt, first, last])).await?;
+                }
+            }
+        }
+        answered(STEP, transaction.commit()).await
+    }
+
+    /// Reports in; comes back with how many other workers are not stopped.
+    ///
+    /// # Errors
+    /// Not reported; the next look tries again.
+    pub async fn hello(&self, hello: &Hello, state: &str, detail: Option<&str>, started: bool) -> Result<i64> {
+        const STEP: &str = "report this worker";
+        let session = self.work().await?;
+        let row = answered(
+            STEP,
+            session.query_one(
+                WORKER_HELLO,
+                &[
+                    &hello.name,
+                    &hello.host,
+                    &hello.pid,
+                    &env!("CARGO_PKG_VERSION"),
+                    &hello.slots,
+                    &hello.labels,
+                    &hello.builders,
+                    &state,
+                    &detail,
+                    &started,
+                ],
+            ),
+        )
+        .await?;
+        Ok(row.get("others"))
+    }
+
+    /// Sends events, and with `wake` a wake to all workers. `synchronous_commit` is off: a notifying COMMIT holds a lock on
+    /// the whole cluster until it is flushed, and these promise nothing.
+    ///
+    /// # Errors
+    /// Not sent; they are hints.
+    pub async fn notify(&self, events: &[String], wake: bool) -> Result<()> {
+        const STEP: &str = "send events";
+        let mut session = self.work().await?;
+        let sql = answered(STEP, session.prepare_cached(NOTIFY)).await?;
+        let transaction = answered(STEP, session.transaction()).await?;
+        answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
+        answered(STEP, transaction.query(&sql, &[&events, &wake])).await?;
+        answered(STEP, transaction.commit()).await
+    }
+}

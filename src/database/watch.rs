@@ -1,0 +1,254 @@
+//! The watch connection: LISTEN, the lock on the worker's name, and the looks at the queue. A snapshot of it has meaning for
+//! the life of the connection only: after a crash of the server transaction ids may be used again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio_postgres::{AsyncMessage, Client, Statement};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{ConnInfo, Database, DatabaseError, Result, answered, queries};
+use crate::model::{AttemptId, BuildId, Builder, Candidate, Unlocked};
+
+/// Class of the advisory locks on workers' names (as `classid` 4294967294 in `pg_locks`). Builders' slots use positive
+/// classes, so ours are negative; -1 is for `migrate`.
+pub const NAME_LOCK_CLASS: i32 = -2;
+
+/// Folds notifications: any number that arrive before the next look are one look.
+#[derive(Default)]
+pub struct News {
+    bell: Notify,
+    builders: std::sync::atomic::AtomicBool,
+}
+
+impl News {
+    /// Waits for the next wake. A wake that came before the call is not lost.
+    ///
+    /// # Cancel safety
+    /// Safe: a wake is kept for the next call.
+    pub async fn wait(&self) {
+        self.bell.notified().await;
+    }
+
+    /// Rings.
+    pub fn ring(&self) {
+        self.bell.notify_one();
+    }
+
+    /// Whether builders have changed since the last call.
+    pub fn take_builders(&self) -> bool {
+        self.builders.swap(false, std::sync::atomic::Ordering::AcqRel)
+    }
+}
+
+/// What a transaction could see: the first transaction id that had not begun, and those under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    xmax: String,
+    under_way: Vec<String>,
+}
+
+impl Snapshot {
+    /// Parses `xmin:xmax:xip,xip,...` (`pg_snapshot`).
+    fn parse(text: &str) -> Option<Snapshot> {
+        let mut parts = text.split(':').skip(1);
+        let xmax = parts.next()?.to_owned();
+        let under_way = parts.next()?.split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
+        Some(Snapshot { xmax, under_way })
+    }
+}
+
+/// Statements of the looks, parsed once a connection.
+struct Prepared {
+    builders: Statement,
+    all: Statement,
+    new: Statement,
+    unlocked: Statement,
+    promote: Statement,
+    next_due: Statement,
+}
+
+/// The watch connection.
+pub struct Watch {
+    client: Client,
+    prepared: Prepared,
+    gone: CancellationToken,
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl Database {
+    /// Connects, takes the worker's name, listens. Notifications ring `news` from then on; so look at everything after this.
+    ///
+    /// # Errors
+    /// No connection, or [`DatabaseError::NameInUse`].
+    pub async fn watch(&self, worker: &str, news: Arc<News>) -> Result<Watch> {
+        Watch::connect(self.info(), worker, news).await
+    }
+}
+
+impl Watch {
+    async fn connect(info: &ConnInfo, worker: &str, news: Arc<News>) -> Result<Watch> {
+        const STEP: &str = "listen for wakes";
+        let (client, mut connection) = super::connect(info, &format!("buildreactor {worker} watch")).await?;
+        let gone = CancellationToken::new();
+        let at_end = gone.clone();
+        let driver = AbortOnDropHandle::new(tokio::task::spawn(async move {
+            loop {
+                match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
+                    Some(Ok(AsyncMessage::Notification(note))) => {
+                        if note.channel() == "build_control" {
+                            news.builders.store(true, std::sync::atomic::Ordering::Release);
+                        }
+                        news.ring();
+                    }
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => {
+                        tracing::debug!(error = %crate::report::Chain(&error), "the watch connection ended");
+                        break;
+                    }
+                    None => break,
+                }
+            }
+            at_end.cancel();
+            news.ring();
+        }));
+        answered(STEP, client.batch_execute(super::WORK_SESSION)).await?;
+        let prepared = answered(STEP, async {
+            Ok(Prepared {
+                builders: client.prepare(queries::LOOK_BUILDERS).await?,
+                all: client.prepare(queries::LOOK_ALL).await?,
+                new: client.prepare(queries::LOOK_NEW).await?,
+                unlocked: client.prepare(queries::LOOK_UNLOCKED).await?,
+                promote: client.prepare(queries::PROMOTE_DUE).await?,
+                next_due: client.prepare(queries::NEXT_DUE).await?,
+            })
+        })
+        .await?;
+        let watch = Watch { client, prepared, gone, _driver: driver };
+        const NAME: &str = "SELECT pg_try_advisory_lock($1, hashtext($2))";
+        let name = answered(STEP, watch.client.query_one(NAME, &[&NAME_LOCK_CLASS, &worker])).await?;
+        if !name.get::<_, bool>(0) {
+            let holder = answered(STEP, watch.client.query_opt(queries::WORKER_HOLDER, &[&worker])).await?;
+            let by = holder.map_or(String::new(), |row| {
+                format!(" by process {} on {}", row.get::<_, i32>("pid"), row.get::<_, String>("host"))
+            });
+            return Err(DatabaseError::NameInUse { name: worker.to_owned(), by });
+        }
+        answered(STEP, watch.client.batch_execute("LISTEN build_queue; LISTEN build_control")).await?;
+        Ok(watch)
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_gone(&self) -> bool {
+        self.gone.is_cancelled()
+    }
+
+    /// The builders that a worker with these labels may run.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn builders(&self, labels: &[String]) -> Result<Vec<Builder>> {
+        let rows = answered("look at the builders", self.client.query(&self.prepared.builders, &[&labels])).await?;
+        Ok(rows
+            .iter()
+            .map(|row| Builder {
+                name: row.get("name"),
+                number: row.get("number"),
+                max_running: row.get("max_running"),
+            })
+            .collect())
+    }
+
+    /// The first `each` candidates of every builder of `builders`, on top of those that may run already.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn look_all(&self, builders: &[String], each: i32) -> Result<(Snapshot, Vec<Candidate>)> {
+        const STEP: &str = "look at the queue";
+        let rows = answered(STEP, self.client.query(&self.prepared.all, &[&builders, &each])).await?;
+        candidates(STEP, &rows)
+    }
+
+    /// Candidates that became visible since `since`, at most `limit`, and when the first of the scheduled ones among the new
+    /// rows is due.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn look_new(
+        &self,
+        since: &Snapshot,
+        builders: &[String],
+        limit: i32,
+    ) -> Result<(Snapshot, Vec<Candidate>, Option<Duration>)> {
+        const STEP: &str = "look for new builds";
+        let rows =
+            answered(STEP, self.client.query(&self.prepared.new, &[&since.xmax, &since.under_way, &builders, &limit]))
+                .await?;
+        let due = rows.iter().filter_map(|row| row.get::<_, Option<f64>>("due_seconds")).min_by(f64::total_cmp);
+        let ready: Vec<_> = rows.iter().filter(|row| row.get::<_, Option<f64>>("due_seconds").is_none()).collect();
+        let (snapshot, _) = candidates(STEP, &rows)?;
+        Ok((snapshot, ready.into_iter().filter_map(candidate).collect(), due.map(seconds)))
+    }
+
+    /// Running builds whose row nobody holds.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn unlocked(&self) -> Result<Vec<Unlocked>> {
+        let rows = answered("look for lost builds", self.client.query(&self.prepared.unlocked, &[])).await?;
+        Ok(rows
+            .iter()
+            .map(|row| Unlocked {
+                id: AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") },
+                worker: row.get("worker"),
+            })
+            .collect())
+    }
+
+    /// Makes due rows ready, at most `limit`; comes back with how many, and when the next is due.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn promote(&self, limit: i64) -> Result<(u64, Option<Duration>)> {
+        const STEP: &str = "make scheduled builds ready";
+        let promoted = answered(STEP, self.client.execute(&self.prepared.promote, &[&limit])).await?;
+        let row = answered(STEP, self.client.query_one(&self.prepared.next_due, &[])).await?;
+        Ok((promoted, row.get::<_, Option<f64>>("seconds").map(seconds)))
+    }
+}
+
+fn candidates(step: &'static str, rows: &[tokio_postgres::Row]) -> Result<(Snapshot, Vec<Candidate>)> {
+    let snapshot = rows
+        .first()
+        .and_then(|row| Snapshot::parse(row.get("snapshot")))
+        .ok_or_else(|| DatabaseError::Unexpected { step, what: "no snapshot came back".to_owned() })?;
+    Ok((snapshot, rows.iter().filter_map(candidate).collect()))
+}
+
+fn candidate(row: &tokio_postgres::Row) -> Option<Candidate> {
+    Some(Candidate {
+        build: BuildId(row.get::<_, Option<i64>>("build_id")?),
+        builder: row.get("builder"),
+        priority: row.get("priority"),
+    })
+}
+
+/// Seconds of the server's clock; past ones are now.
+fn seconds(value: f64) -> Duration {
+    Duration::try_from_secs_f64(value).unwrap_or(Duration::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_keeps_what_was_under_way() {
+        let snapshot = Snapshot::parse("10:20:10,14,15").unwrap();
+        assert_eq!(snapshot, Snapshot { xmax: "20".into(), under_way: vec!["10".into(), "14".into(), "15".into()] });
+        assert_eq!(Snapshot::parse("20:20:").unwrap().under_way, Vec::<String>::new());
+        assert_eq!(Snapshot::parse("nonsense"), None);
+    }
+}

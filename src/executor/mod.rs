@@ -1,0 +1,87 @@
+//! What runs an attempt. Adding an executor: one file, one line in [`Registry::new`], one line in the conformance test.
+
+pub mod process;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{Ended, Job};
+
+/// A boxed future, because executors are looked up by name.
+pub type Running<'a> = Pin<Box<dyn Future<Output = Ended> + Send + 'a>>;
+
+/// Runs attempts of one kind.
+pub trait Executor: Send + Sync {
+    /// Runs `job` until it has ended and nothing of it is left, and says how it ended. Its output goes to the file `log` in
+    /// `job.dir`, live. When `stop` is cancelled the attempt is ended soon (terminate, then kill); the answer then is how
+    /// its process ended. Never fails: what goes wrong is an [`Ended`] of the machinery.
+    ///
+    /// # Cancel safety
+    /// Not safe: dropping the future leaves the attempt running until the daemon ends.
+    fn run<'a>(&'a self, job: &'a Job, stop: &'a CancellationToken) -> Running<'a>;
+}
+
+/// Executors by their name in `builders.executor`.
+#[derive(Clone)]
+pub struct Registry {
+    by_name: Arc<HashMap<&'static str, Box<dyn Executor>>>,
+}
+
+impl Registry {
+    /// All executors of this version.
+    ///
+    /// # Errors
+    /// One cannot work here.
+    pub fn new(settings: process::Settings) -> std::io::Result<Registry> {
+        let process: Box<dyn Executor> = Box::new(process::ProcessExecutor::new(settings)?);
+        Ok(Registry { by_name: Arc::new(HashMap::from([("process", process)])) })
+    }
+
+    /// The executor `name`.
+    pub fn get(&self, name: &str) -> Option<&dyn Executor> {
+        self.by_name.get(name).map(AsRef::as_ref)
+    }
+}
+
+/// Folders of one worker, below `[worker] state_dir`.
+#[derive(Clone, Debug)]
+pub struct Folders {
+    root: PathBuf,
+}
+
+impl Folders {
+    /// Of the worker `name`.
+    pub fn new(state_dir: &std::path::Path, name: &str) -> Folders {
+        Folders { root: state_dir.join(name) }
+    }
+
+    /// The worker's own folder.
+    pub fn root(&self) -> &std::path::Path {
+        &self.root
+    }
+
+    /// Folders of attempts.
+    pub fn attempts(&self) -> PathBuf {
+        self.root.join("attempts")
+    }
+
+    /// The folder of one attempt.
+    pub fn attempt(&self, id: crate::model::AttemptId) -> PathBuf {
+        self.attempts().join(id.to_string())
+    }
+
+    /// What builds of a builder keep between them (`BUILD_CACHE`).
+    pub fn cache(&self, builder: &str) -> PathBuf {
+        self.root.join("cache").join(builder)
+    }
+
+    /// The working directory that builds of a builder reuse in one slot.
+    pub fn kept_workspace(&self, builder: &str, slot: i32) -> PathBuf {
+        self.root.join("work").join(builder).join(slot.to_string())
+    }
+}

@@ -1,0 +1,313 @@
+//! The guardian: a fork of the keeper that owns one attempt. It is a child subreaper, so whatever the build forks, however
+//! it detaches itself, stays below it; it drains the output, keeps the limits, and ends only when no process of the tree is
+//! left (invariant 5). Single-threaded, blocking system calls only.
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getpid, getppid, setsid};
+
+use super::protocol::{End, Spec, Status};
+use super::tree::{descendants, signal_descendants};
+use crate::logs::file::OutputWriter;
+
+/// Tells a guardian to kill its tree at once. Also what it gets when its keeper dies (`PR_SET_PDEATHSIG`).
+pub const KILL_NOW: Signal = Signal::SIGUSR1;
+/// Tells a guardian to terminate its tree, then kill what is left.
+pub const STOP: Signal = Signal::SIGTERM;
+/// Where a guardian leaves its [`Status`] before it exits.
+pub const STATUS: &str = "status.json";
+
+/// A larger pipe lets the build write on while the guardian is not scheduled; the default limit for ordinary users.
+const PIPE_BYTES: i32 = 1 << 20;
+/// How long to go on killing a tree that will not die (processes of another user) before saying so.
+const GIVE_UP: Duration = Duration::from_secs(10);
+/// Between two rounds of killing.
+const ROUND: Duration = Duration::from_millis(5);
+
+/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards.
+pub fn guard(spec: &Spec, keeper: Pid) -> Status {
+    match Guardian::start(spec, keeper) {
+        Ok(guardian) => guardian.run(),
+        Err(why) => Status::without_process(End::NotStarted(why)),
+    }
+}
+
+struct Guardian<'a> {
+    spec: &'a Spec,
+    keeper: Pid,
+    signals: SignalFd,
+    leader: Pid,
+    output: Option<std::io::PipeReader>,
+    log: OutputWriter,
+    phase: Phase,
+    exit: Option<WaitStatus>,
+    started: Duration,
+    heard: Duration,
+}
+
+/// Where the attempt stands. Times are of [`clock`].
+enum Phase {
+    /// Its first process runs within its limits.
+    Running,
+    /// Told to end; killed at `kill_at`.
+    Terminating { end: End, kill_at: Duration },
+    /// Being killed, since then.
+    Killing { end: End, since: Duration },
+}
+
+impl<'a> Guardian<'a> {
+    fn start(spec: &'a Spec, keeper: Pid) -> Result<Guardian<'a>, String> {
+        let failed = |what: &'static str| move |error: Errno| format!("{what}: {error}");
+        // A session of its own: no terminal, and a signal to the daemon's group does not reach the build.
+        setsid().map_err(failed("setsid"))?;
+        prctl::set_child_subreaper(true).map_err(failed("become a subreaper"))?;
+        // The keeper is single-threaded, so the "parent thread" that this signal follows is the keeper itself.
+        prctl::set_pdeathsig(KILL_NOW).map_err(failed("set the parent death signal"))?;
+        if getppid() != keeper {
+            return Err("the keeper has died".to_owned());
+        }
+        let mut mask = SigSet::empty();
+        for signal in [KILL_NOW, STOP, Signal::SIGCHLD] {
+            mask.add(signal);
+        }
+        mask.thread_set_mask().map_err(failed("block signals"))?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .map_err(failed("open a signalfd"))?;
+        let log = OutputWriter::create(&spec.dir, spec.file_limit);
+
+        let (output, stdout) = std::io::pipe().map_err(|error| format!("open a pipe: {error}"))?;
+        let stderr = stdout.try_clone().map_err(|error| format!("open a pipe: {error}"))?;
+        // Refused past the user's limit on pipe memory; the default size works too.
+        let _unchanged = fcntl(output.as_fd(), FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
+        fcntl(output.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failed("set up the output pipe"))?;
+
+        let (program, arguments) = spec.command.split_first().ok_or("no command")?;
+        let child = Command::new(program)
+            .args(arguments)
+            .current_dir(&spec.workdir)
+            .env_clear()
+            .envs(spec.env.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(stderr)
+            .process_group(0)
+            .spawn()
+            .map_err(|error| format!("cannot start `{program}`: {error}"))?;
+        let leader = Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?);
+        let now = clock();
+        Ok(Guardian {
+            spec,
+            keeper,
+            signals,
+            leader,
+            output: Some(output),
+            log,
+            phase: Phase::Running,
+            exit: None,
+            started: now,
+            heard: now,
+        })
+    }
+
+    fn run(mut self) -> Status {
+        loop {
+            self.wait();
+            self.drain();
+            self.obey();
+            let alone = self.reap();
+            self.check_limits();
+            self.push();
+            if alone {
+                break;
+            }
+            if let Phase::Killing { since, .. } = self.phase
+                && clock().saturating_sub(since) > GIVE_UP
+            {
+                break;
+            }
+        }
+        self.drain();
+        self.status()
+    }
+
+    /// Sleeps until output, a signal, or the next limit.
+    fn wait(&self) {
+        let now = clock();
+        let next = match &self.phase {
+            Phase::Running => {
+                let limit = self.started + Duration::from_millis(self.spec.timeout_ms);
+                match self.spec.silence_ms {
+                    Some(silence) => limit.min(self.heard + Duration::from_millis(silence)),
+                    None => limit,
+                }
+            }
+            Phase::Terminating { kill_at, .. } => *kill_at,
+            Phase::Killing { .. } => now + ROUND,
+        };
+        // One millisecond more, so that the limit has really passed; at most an hour, which poll can hold.
+        let left = next.saturating_sub(now).min(Duration::from_secs(3600)) + Duration::from_millis(1);
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        if let Some(output) = &self.output {
+            fds.push(PollFd::new(output.as_fd(), PollFlags::POLLIN));
+        }
+        // An interrupted or failed poll means: look at everything now.
+        let _woken = poll(&mut fds, timeout);
+    }
+
+    /// Writes what the build has said to the log, one pipe's fill at a time so that signals and limits get their turn.
+    fn drain(&mut self) {
+        let Some(output) = &mut self.output else { return };
+        let mut buffer = [0; 1 << 16];
+        for _ in 0..(PIPE_BYTES as usize / buffer.len()) {
+            match output.read(&mut buffer) {
+                Ok(0) => {
+                    self.output = None;
+                    return;
+                }
+                Ok(n) => {
+                    self.heard = clock();
+                    self.log.write(&buffer[..n]);
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    self.output = None;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes orders.
+    fn obey(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            let number = i32::try_from(signal.ssi_signo).unwrap_or(0);
+            if number == KILL_NOW as i32 {
+                self.kill_now(End::Stopped);
+            } else if number == STOP as i32 {
+                self.terminate(End::Stopped);
+            }
+        }
+        if getppid() != self.keeper {
+            self.kill_now(End::Stopped);
+        }
+    }
+
+    /// Collects dead children; true when none is left.
+    fn reap(&mut self) -> bool {
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => return false,
+                Ok(status) => {
+                    if status.pid() == Some(self.leader) {
+                        self.exit = Some(status);
+                        // Its first process decides; what it left behind goes at once.
+                        self.kill_now(End::Exited);
+                    }
+                }
+                Err(Errno::EINTR) => {}
+                Err(_) => return true,
+            }
+        }
+    }
+
+    fn check_limits(&mut self) {
+        let now = clock();
+        let Phase::Running = self.phase else { return };
+        if now >= self.started + Duration::from_millis(self.spec.timeout_ms) {
+            self.terminate(End::Timeout);
+        } else if self.spec.silence_ms.is_some_and(|ms| now >= self.heard + Duration::from_millis(ms)) {
+            self.terminate(End::Silence);
+        }
+    }
+
+    fn terminate(&mut self, end: End) {
+        if let Phase::Running = self.phase {
+            signal_descendants(getpid(), Signal::SIGTERM);
+            // Stopped processes act on SIGTERM only once they go on.
+            signal_descendants(getpid(), Signal::SIGCONT);
+            self.phase = Phase::Terminating { end, kill_at: clock() + Duration::from_millis(self.spec.kill_after_ms) };
+        }
+    }
+
+    fn kill_now(&mut self, end: End) {
+        let since = clock();
+        let end = match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Running => end,
+            Phase::Terminating { end, .. } | Phase::Killing { end, .. } => end,
+        };
+        self.phase = Phase::Killing { end, since };
+    }
+
+    /// Goes on with the killing: again and again, because a dying tree may still fork.
+    fn push(&mut self) {
+        if let Phase::Terminating { end, kill_at } = &self.phase
+            && clock() >= *kill_at
+        {
+            let end = end.clone();
+            self.phase = Phase::Killing { end, since: clock() };
+        }
+        if let Phase::Killing { .. } = self.phase {
+            signal_descendants(getpid(), Signal::SIGKILL);
+        }
+    }
+
+    fn status(self) -> Status {
+        let survivors = u32::try_from(descendants(getpid()).len()).unwrap_or(u32::MAX);
+        let (log_bytes, log_error) = self.log.end();
+        let (exit_code, term_signal) = match self.exit {
+            Some(WaitStatus::Exited(_, code)) => (Some(code), None),
+            Some(WaitStatus::Signaled(_, signal, _)) => (None, Some(signal as i32)),
+            _ => (None, None),
+        };
+        let end = match self.phase {
+            Phase::Running => End::Exited,
+            Phase::Terminating { end, .. } | Phase::Killing { end, .. } => end,
+        };
+        // Everything that was ever waited for below this process: it is the whole tree, because orphans come here.
+        let usage = getrusage(UsageWho::RUSAGE_CHILDREN).ok();
+        let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+        Status {
+            end,
+            exit_code,
+            term_signal,
+            user_seconds: usage.map_or(0.0, |usage| seconds(usage.user_time())),
+            system_seconds: usage.map_or(0.0, |usage| seconds(usage.system_time())),
+            // getrusage(2): kilobytes.
+            max_rss_bytes: usage.map_or(0, |usage| usage.max_rss().saturating_mul(1024)),
+            log_bytes,
+            log_error,
+            survivors,
+        }
+    }
+}
+
+/// Time since boot, suspended time included (CLOCK_BOOTTIME): a laptop's sleep counts against limits and leases.
+pub fn clock() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// Writes `status` where the keeper, and a later one, finds it: whole or not at all.
+///
+/// # Errors
+/// The folder cannot be written.
+pub fn leave_status(dir: &Path, status: &Status) -> std::io::Result<()> {
+    let text = serde_json::to_vec(status)?;
+    let new = dir.join("status.json.new");
+    std::fs::write(&new, text)?;
+    std::fs::rename(new, dir.join(STATUS))
+}

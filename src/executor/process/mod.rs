@@ -1,0 +1,254 @@
+//! Executor `process`: a script on this machine, under a [guardian](guardian), forked by the worker's [keeper](keeper).
+
+mod client;
+mod environment;
+mod fork;
+mod guardian;
+pub mod keeper;
+mod protocol;
+mod tree;
+
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use self::client::KeeperClient;
+use self::protocol::{End, Spec, Status};
+use super::{Executor, Folders, Running};
+use crate::model::{Ended, Exit, Job, Outcome, Usage, clean_line};
+
+/// Between terminate and kill. With the killing itself this stays within the 10 s that `grace` leaves for it.
+pub const KILL_AFTER: Duration = Duration::from_secs(5);
+
+/// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.
+pub const TEMPFAIL: i32 = 75;
+
+/// What the process executor needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The worker's folders.
+    pub folders: Folders,
+    /// Bytes of output kept on disk for each attempt.
+    pub file_limit: u64,
+}
+
+/// Runs scripts.
+pub struct ProcessExecutor {
+    settings: Settings,
+    keeper: KeeperClient,
+}
+
+impl ProcessExecutor {
+    /// Prepares the worker's folder; the keeper is started by the first attempt. Waits until every process of an earlier
+    /// daemon's attempts on this folder is gone.
+    ///
+    /// # Errors
+    /// The folder cannot be used.
+    pub fn new(settings: Settings) -> io::Result<ProcessExecutor> {
+        std::fs::create_dir_all(settings.folders.attempts())?;
+        let keeper = KeeperClient::new(settings.folders.root())?;
+        Ok(ProcessExecutor { settings, keeper })
+    }
+
+    async fn run_script(&self, job: &Job, stop: &CancellationToken) -> Ended {
+        let spec = {
+            let (job, settings) = (job.clone(), self.settings.clone());
+            tokio::task::spawn_blocking(move || prepare(&job, &settings)).await
+        };
+        let spec = match spec {
+            Ok(Ok(spec)) => spec,
+            Ok(Err(error)) => {
+                return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}"));
+            }
+            Err(error) => return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}")),
+        };
+        let limits = Limits { timeout: job.timeout, silence: job.silence_timeout };
+        match self.keeper.run(spec, stop).await {
+            Ok(status) => ended(&status, limits),
+            Err(error) => Ended::without_process(Outcome::Error, format!("the keeper failed: {error}")),
+        }
+    }
+}
+
+impl Executor for ProcessExecutor {
+    fn run<'a>(&'a self, job: &'a Job, stop: &'a CancellationToken) -> Running<'a> {
+        Box::pin(self.run_script(job, stop))
+    }
+}
+
+/// Makes the attempt's folder: the script, `build.json`, the working directory.
+fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
+    let named = |what: &str, path: &Path| {
+        let text = format!("{what} `{}`", path.display());
+        move |error: io::Error| io::Error::new(error.kind(), format!("{text}: {error}"))
+    };
+    let dir = &job.dir;
+    // Left by another database that used the same state_dir.
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).map_err(named("remove", dir))?;
+    }
+    std::fs::create_dir_all(dir).map_err(named("make", dir))?;
+    let workdir =
+        if job.keep_workspace { settings.folders.kept_workspace(&job.builder, job.slot) } else { dir.join("work") };
+    let cache = settings.folders.cache(&job.builder);
+    for folder in [&workdir, &cache] {
+        std::fs::create_dir_all(folder).map_err(named("make", folder))?;
+    }
+    let file = dir.join("build.json");
+    std::fs::write(&file, &job.row).map_err(named("write", &file))?;
+    let text = job.script.as_deref().unwrap_or_default();
+    let script = dir.join("script");
+    write_script(&script, text).map_err(named("write", &script))?;
+    let script = path_text(&script)?;
+    let command =
+        if text.starts_with("#!") { vec![script] } else { vec!["/bin/sh".to_owned(), "-e".to_owned(), script] };
+    Ok(Spec {
+        id: job.id.to_string(),
+        command,
+        env: environment::of(job, &path_text(&workdir)?, &path_text(&cache)?, &path_text(&file)?),
+        workdir,
+        dir: dir.clone(),
+        timeout_ms: millis(job.timeout),
+        silence_ms: job.silence_timeout.map(millis),
+        kill_after_ms: millis(KILL_AFTER),
+        file_limit: settings.file_limit,
+    })
+}
+
+fn write_script(path: &Path, text: &str) -> io::Result<()> {
+    use std::io::Write;
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o700).open(path)?;
+    file.write_all(text.as_bytes())?;
+    // People's editors end files with a newline; people's SQL does not.
+    if !text.ends_with('\n') {
+        file.write_all(b"\n")?;
+    }
+    Ok(())
+}
+
+fn path_text(path: &Path) -> io::Result<String> {
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("`{}` is not UTF-8", path.display())))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+struct Limits {
+    timeout: Duration,
+    silence: Option<Duration>,
+}
+
+/// Translates what the guardian saw into an outcome and a line for people.
+fn ended(status: &Status, limits: Limits) -> Ended {
+    let exit = match (status.exit_code, status.term_signal) {
+        (Some(code), _) => Some(Exit::Code(code)),
+        (None, Some(signal)) => Some(Exit::Signal(signal)),
+        (None, None) => None,
+    };
+    let (outcome, mut detail) = match &status.end {
+        End::NotStarted(why) => (Outcome::Error, Some(why.clone())),
+        End::GuardianGone => (Outcome::Error, Some("its guardian was killed".to_owned())),
+        End::Timeout => (Outcome::TimedOut, Some(format!("ran longer than its timeout of {}", human(limits.timeout)))),
+        End::Silence => (
+            Outcome::TimedOut,
+            Some(format!("no output for {}", limits.silence.map_or_else(|| "too long".to_owned(), human))),
+        ),
+        End::Stopped => (Outcome::Lost, Some("stopped".to_owned())),
+        End::Exited => match exit {
+            Some(Exit::Code(0)) => (Outcome::Passed, None),
+            Some(Exit::Code(TEMPFAIL)) => {
+                (Outcome::Error, Some("exit code 75: the script asks to be tried again".to_owned()))
+            }
+            Some(Exit::Code(code)) => (Outcome::Failed, Some(format!("exit code {code}"))),
+            Some(Exit::Signal(signal)) => (Outcome::Failed, Some(format!("ended by {}", signal_name(signal)))),
+            None => (Outcome::Error, Some("its end was not seen".to_owned())),
+        },
+    };
+    let mut add = |text: String| {
+        detail = Some(match detail.take() {
+            Some(before) => format!("{before}; {text}"),
+            None => text,
+        });
+    };
+    if let Some(error) = &status.log_error {
+        add(format!("its log on the worker is not complete: {error}"));
+    }
+    if status.survivors > 0 {
+        add(format!("{} processes of another user could not be killed", status.survivors));
+    }
+    Ended {
+        outcome,
+        exit,
+        detail: detail.map(|text| clean_line(&text, 500)),
+        usage: Some(Usage {
+            user_seconds: status.user_seconds,
+            system_seconds: status.system_seconds,
+            max_rss_bytes: status.max_rss_bytes,
+        }),
+        log_bytes: i64::try_from(status.log_bytes).ok(),
+    }
+}
+
+fn signal_name(number: i32) -> String {
+    nix::sys::signal::Signal::try_from(number)
+        .map_or_else(|_| format!("signal {number}"), |signal| signal.as_str().to_owned())
+}
+
+/// "1h 30m", as in the configuration file.
+fn human(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    let parts: Vec<String> = [(hours, "h"), (minutes, "m"), (rest, "s")]
+        .into_iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, unit)| format!("{n}{unit}"))
+        .collect();
+    if parts.is_empty() { format!("{} ms", duration.as_millis()) } else { parts.join(" ") }
+}
+
+/// Removes the working directory of an attempt that does not keep it, and joins its log into one file.
+///
+/// # Errors
+/// Something could not be removed.
+pub fn tidy(dir: &Path) -> io::Result<()> {
+    crate::logs::file::finish(dir)?;
+    let work: PathBuf = dir.join("work");
+    if work.exists() { std::fs::remove_dir_all(work) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(end: End, exit_code: Option<i32>, term_signal: Option<i32>) -> Status {
+        Status { exit_code, term_signal, ..Status::without_process(end) }
+    }
+
+    #[test]
+    fn exit_codes_and_signals_become_outcomes() {
+        let limits = || Limits { timeout: Duration::from_secs(5400), silence: Some(Duration::from_secs(60)) };
+        let table = [
+            (status(End::Exited, Some(0), None), Outcome::Passed, None),
+            (status(End::Exited, Some(3), None), Outcome::Failed, Some("exit code 3")),
+            (status(End::Exited, None, Some(9)), Outcome::Failed, Some("ended by SIGKILL")),
+            (
+                status(End::Exited, Some(75), None),
+                Outcome::Error,
+                Some("exit code 75: the script asks to be tried again"),
+            ),
+            (status(End::Timeout, None, Some(15)), Outcome::TimedOut, Some("ran longer than its timeout of 1h 30m")),
+            (status(End::Silence, None, Some(15)), Outcome::TimedOut, Some("no output for 1m")),
+            (status(End::NotStarted("no".into()), None, None), Outcome::Error, Some("no")),
+        ];
+        for (status, outcome, detail) in table {
+            let ended = ended(&status, limits());
+            assert_eq!((ended.outcome, ended.detail.as_deref()), (outcome, detail));
+        }
+    }
+}

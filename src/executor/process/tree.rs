@@ -1,0 +1,47 @@
+//! Who descends from whom, read from `/proc`.
+
+use std::collections::HashMap;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// All living descendants of `root` (without itself), parents before children. As `root` is a subreaper, a process that
+/// double-forked, called setsid or was orphaned still descends from it.
+pub fn descendants(root: Pid) -> Vec<Pid> {
+    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    for entry in entries.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        if let Some(parent) = parent_of(pid) {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    let mut found = Vec::new();
+    let mut next = vec![root.as_raw()];
+    while let Some(pid) = next.pop() {
+        for child in children.remove(&pid).unwrap_or_default() {
+            found.push(Pid::from_raw(child));
+            next.push(child);
+        }
+    }
+    found
+}
+
+/// Parent of a process (proc(5), `/proc/PID/stat`: field 4, the second after the name in parentheses, which may itself
+/// contain anything). Zombies count: one may be the dead first thread of a process that lives on.
+fn parent_of(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    fields.nth(1)?.parse().ok()
+}
+
+/// Sends `signal` to every descendant of `root`; comes back with how many could not be signalled for lack of permission.
+pub fn signal_descendants(root: Pid, signal: Signal) -> u32 {
+    let mut refused = 0;
+    for pid in descendants(root) {
+        if let Err(nix::errno::Errno::EPERM) = kill(pid, signal) {
+            refused += 1;
+        }
+    }
+    refused
+}

@@ -1,0 +1,12 @@
+//! buildreactor: PostgreSQL as a build server. See ARCHITECTURE.md for the map of the rooms below.
+
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod database;
+pub mod embedded;
+pub mod executor;
+pub mod logs;
+pub mod model;
+pub mod reactor;
+pub mod report;

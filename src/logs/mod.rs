@@ -1,0 +1,92 @@
+//! From an attempt's log file to `build_log`: live, bounded, and never in the way of the build. The build writes to a file
+//! (through its guardian); this room reads the file, at its own pace.
+
+pub mod file;
+mod pieces;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use self::pieces::Pieces;
+use crate::database::Database;
+use crate::model::AttemptId;
+
+/// How often new output is looked for: with the write itself well within the second that people are promised.
+const PERIOD: Duration = Duration::from_millis(300);
+
+/// How long the end of a log may hold up its result; what is not in the database then is in the file on the worker.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Which log, and how much of it.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The attempt.
+    pub id: AttemptId,
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Bytes of it to keep in the database: half for the beginning, half for the end.
+    pub limit: u64,
+    /// The worker's name, for the marker.
+    pub worker: String,
+}
+
+/// Copies the log until `ended`, then its rest. Problems are logged, and tried again with the next piece.
+///
+/// # Cancel safety
+/// Safe: each write is a transaction; what is missing then stays in the file alone.
+pub async fn ship(database: Database, source: Source, ended: CancellationToken) {
+    let mut pieces = Pieces::new(source.limit, format!("{}/log on worker {}", source.dir.display(), source.worker));
+    let mut warned = false;
+    let mut deadline = None;
+    loop {
+        if deadline.is_none() {
+            tokio::select! {
+                () = ended.cancelled() => deadline = Some(Instant::now() + PATIENCE),
+                () = tokio::time::sleep(PERIOD) => {}
+            }
+        }
+        let last = deadline.is_some();
+        let round = round(&database, &source, &mut pieces, last);
+        let result = match deadline {
+            Some(at) => timeout_at(at, round).await.unwrap_or_else(|_| Err("no answer in time".into())),
+            None => round.await,
+        };
+        match result {
+            Ok(()) if last => return,
+            Ok(()) => warned = false,
+            Err(error) => {
+                if !warned {
+                    tracing::warn!(build.id = %source.id.build, build.attempt = source.id.attempt,
+                        "cannot write the log of build {} to the database; its file on this worker has it all: {error}", source.id);
+                    warned = true;
+                }
+                if deadline.is_some_and(|at| Instant::now() >= at) {
+                    return;
+                }
+                // The rest of a log is tried again soon, within its deadline.
+                tokio::time::sleep(PERIOD).await;
+            }
+        }
+    }
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// One look at the file, and one transaction if it has grown. `pieces` moves on only when that was committed.
+async fn round(database: &Database, source: &Source, pieces: &mut Pieces, last: bool) -> Result<(), Failure> {
+    let (dir, mut next) = (source.dir.clone(), pieces.clone());
+    let (next, changes) = tokio::task::spawn_blocking(move || {
+        let changes = next.advance(&dir, last);
+        (next, changes)
+    })
+    .await?;
+    let changes = changes?;
+    if !changes.is_empty() {
+        database.write_log(source.id, &changes).await.map_err(|error| crate::report::Chain(&error).to_string())?;
+    }
+    *pieces = next;
+    Ok(())
+}

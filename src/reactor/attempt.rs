@@ -1,0 +1,343 @@
+//! One attempt, from the claim to the COMMIT of its result. The claim's transaction stays open all the while (invariant 2).
+
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio_util::sync::CancellationToken;
+
+use super::Shared;
+use crate::database::claim::Pulse;
+use crate::database::{Claim, DatabaseError, Tried};
+use crate::logs;
+use crate::model::{AttemptId, BuildId, Builder, Ended, Job, Outcome, Recorded};
+use crate::report::Chain;
+
+/// Between two tries to get a lost claim back, or to record a result while the database is away.
+const RETAKE: Duration = Duration::from_millis(500);
+
+/// What an attempt tells the reactor on its way.
+#[derive(Debug)]
+pub enum Progress {
+    /// The row and a slot of the builder are held, and the attempt is visible.
+    Started {
+        /// The builder.
+        builder: String,
+        /// The attempt.
+        id: AttemptId,
+        /// Cancel it to stop the build.
+        stop: CancellationToken,
+    },
+}
+
+/// How an attempt, or the try to start one, ended.
+#[derive(Debug)]
+pub enum Done {
+    /// No slot of the builder was free anywhere.
+    BuilderBusy,
+    /// These candidates are gone or locked by others.
+    RowsGone(Vec<BuildId>),
+    /// The builder no longer allows it (paused, fewer slots, other labels), or the row was not waiting.
+    Refused(BuildId),
+    /// The database failed before the attempt began; nothing is held.
+    Failed(DatabaseError),
+    /// The attempt is over. `None`: its result was no longer ours to record.
+    Ended(AttemptId, Option<Recorded>),
+}
+
+/// Claims one of `candidates` and runs it to its end.
+///
+/// # Cancel safety
+/// Not safe: dropped in the middle it leaves the build to be taken as lost.
+pub async fn attempt(
+    shared: &Shared,
+    builder: &Builder,
+    candidates: &[BuildId],
+    progress: &tokio::sync::mpsc::UnboundedSender<Progress>,
+) -> Done {
+    let mut claim = match shared.database.claim().await {
+        Ok(claim) => claim,
+        Err(error) => return Done::Failed(error),
+    };
+    let (build, slot) = match claim.take(builder, candidates).await {
+        Ok(Tried::Claimed { build, slot }) => (build, slot),
+        Ok(Tried::BuilderBusy) => {
+            claim.finish();
+            return Done::BuilderBusy;
+        }
+        Ok(Tried::RowsGone) => {
+            claim.finish();
+            return Done::RowsGone(candidates.to_vec());
+        }
+        Err(error) => return Done::Failed(error),
+    };
+    let begun = shared.database.begin_attempt(build, &shared.hello.name, slot, &shared.hello.labels).await;
+    let mut job = match begun {
+        Ok(Some(job)) => job,
+        Ok(None) => {
+            return match claim.release().await {
+                Ok(()) => {
+                    claim.finish();
+                    Done::Refused(build)
+                }
+                Err(error) => Done::Failed(error),
+            };
+        }
+        // Whether the attempt is visible is not known. If it is, it looks like ours lost, and is counted as such.
+        Err(error) => return Done::Failed(error),
+    };
+    job.dir = shared.folders.attempt(job.id);
+    let stop = CancellationToken::new();
+    // The reactor outlives its attempts.
+    let _told = progress.send(Progress::Started { builder: builder.name.clone(), id: job.id, stop: stop.clone() });
+    shared.herald.event(job.id, &job.builder, &job.worker, "running", "started");
+    tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
+        "build {} of {} started", job.id, job.builder);
+    Attempt { shared, builder, job, claim: Some(claim), pulse: Pulse::now(), stop }.run().await
+}
+
+struct Attempt<'a> {
+    shared: &'a Shared,
+    builder: &'a Builder,
+    job: Job,
+    claim: Option<Claim>,
+    pulse: Pulse,
+    stop: CancellationToken,
+}
+
+/// A wait that doubles, up to 15 s.
+struct Pause(Duration);
+
+impl Pause {
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(Duration::from_secs(15));
+    }
+}
+
+/// Whether the row of an attempt is ours again.
+enum Retaken {
+    Yes,
+    NotNow,
+    /// Somebody recorded an end for this attempt, or a later one runs.
+    NoLongerOurs,
+}
+
+impl Attempt<'_> {
+    async fn run(mut self) -> Done {
+        let started = Instant::now();
+        let id = self.job.id;
+        let log_ended = CancellationToken::new();
+        let source = logs::Source {
+            id,
+            dir: self.job.dir.clone(),
+            limit: self.shared.settings.database_limit,
+            worker: self.job.worker.clone(),
+        };
+        let shipper = tokio_util::task::AbortOnDropHandle::new(tokio::task::spawn(logs::ship(
+            self.shared.database.clone(),
+            source,
+            log_ended.clone(),
+        )));
+        let mut ended = self.execute().await;
+        log_ended.cancel();
+        if let Err(error) = shipper.await {
+            tracing::error!(build.id = %id.build, "the log of build {id} was not written to its end: {error}");
+        }
+        if ended.outcome == Outcome::Lost && self.shared.giving_back.is_cancelled() {
+            let detail = format!("given back: worker `{}` stopped", self.job.worker);
+            ended = Ended { outcome: Outcome::GivenBack, exit: None, detail: Some(detail), ..ended };
+        }
+        let recorded = self.record(&ended).await;
+        self.tell(&ended, recorded.as_ref(), started.elapsed());
+        let dir = self.job.dir.clone();
+        self.shared.tidying.spawn_blocking(move || {
+            if let Err(error) = crate::executor::process::tidy(&dir) {
+                tracing::warn!("cannot tidy `{}`: {error}", dir.display());
+            }
+        });
+        Done::Ended(id, recorded)
+    }
+
+    /// Runs the executor, and meanwhile keeps the claim: a ping each `[lease] ping`, and when it is lost, tries to take it
+    /// again until the lease is over. Then the build is stopped, before anybody else may start it.
+    async fn execute(&mut self) -> Ended {
+        // Borrowed apart, so that the run can go on while the claim is tended.
+        let (job, stop) = (self.job.clone(), self.stop.clone());
+        let Some(executor) = self.shared.executors.get(&job.executor) else {
+            return Ended::without_process(
+                Outcome::Error,
+                format!("worker `{}` has no executor `{}`", job.worker, job.executor),
+            );
+        };
+        let mut run = executor.run(&job, &stop);
+        let ping = self.shared.settings.ping;
+        let mut tick = interval_at(Instant::now() + ping, ping);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut given_up = None;
+        loop {
+            let retake = self.claim.is_none() && given_up.is_none();
+            tokio::select! {
+                ended = &mut run => break match given_up {
+                    Some(why) => Ended { detail: Some(why), outcome: Outcome::Lost, exit: None, ..ended },
+                    None => ended,
+                },
+                _ = tick.tick() => {}
+                () = tokio::time::sleep(RETAKE), if retake => {}
+            }
+            if given_up.is_none() {
+                given_up = self.tend_claim().await;
+                if given_up.is_some() {
+                    self.stop.cancel();
+                }
+            }
+        }
+    }
+
+    /// `Some(why)`: the claim is lost for good.
+    async fn tend_claim(&mut self) -> Option<String> {
+        let lease = self.shared.settings.lease;
+        let id = self.job.id;
+        if let Some(claim) = &self.claim {
+            match claim.ping(self.pulse.patience(lease)).await {
+                Ok(()) => {
+                    self.pulse = Pulse::now();
+                    return None;
+                }
+                Err(error) => {
+                    tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+                        "the claim of build {id} is lost; the build goes on while I try to take it again: {}", Chain(&error));
+                    self.claim = None;
+                }
+            }
+        }
+        let patience = self.pulse.patience(lease);
+        match tokio::time::timeout(patience, self.retake()).await {
+            Ok(Retaken::Yes) => {
+                tracing::info!(build.id = %id.build, build.attempt = id.attempt, "the claim of build {id} is held again");
+                None
+            }
+            Ok(Retaken::NoLongerOurs) => Some("its claim was lost, and others have ended this attempt".to_owned()),
+            Ok(Retaken::NotNow) | Err(_) if self.pulse.confirmed.elapsed() >= lease => {
+                let why = format!("its claim was lost for longer than the lease of {} s", lease.as_secs());
+                tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "build {id} is stopped: {why}");
+                Some(why)
+            }
+            Ok(Retaken::NotNow) | Err(_) => None,
+        }
+    }
+
+    async fn retake(&mut self) -> Retaken {
+        let id = self.job.id;
+        let retaken = async {
+            // Over a new connection; those that died with the claim are found out by the pool.
+            let mut claim = self.shared.database.claim().await?;
+            if claim.take_again(id, Some((self.builder.number, self.job.slot))).await? {
+                return Ok(Some(claim));
+            }
+            claim.finish();
+            Ok::<_, DatabaseError>(None)
+        };
+        let claim = retaken.await;
+        match self.shared.database.attempt_state(id).await {
+            Ok(Some((state, true))) if state == "running" => {}
+            Ok(_) => return Retaken::NoLongerOurs,
+            Err(_) => return Retaken::NotNow,
+        }
+        match claim {
+            Ok(Some(claim)) => {
+                self.claim = Some(claim);
+                self.pulse = Pulse::now();
+                Retaken::Yes
+            }
+            Ok(None) | Err(_) => Retaken::NotNow,
+        }
+    }
+
+    /// Records until it is recorded, or is no longer ours to record. After a failure nobody knows whether the COMMIT came
+    /// through; the attempt's own row does.
+    async fn record(&mut self, ended: &Ended) -> Option<Recorded> {
+        let id = self.job.id;
+        let mut warned = false;
+        let mut pause = Pause(RETAKE);
+        loop {
+            if self.shared.giving_up.is_cancelled() {
+                tracing::error!(build.id = %id.build, build.attempt = id.attempt,
+                    "stopping without having recorded the result of build {id}; it will be tried again as lost");
+                return None;
+            }
+            if self.claim.is_none() {
+                match self.retake().await {
+                    Retaken::Yes => {}
+                    Retaken::NoLongerOurs => {
+                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+                            "the result of build {id} is already recorded, or no longer ours");
+                        return None;
+                    }
+                    Retaken::NotNow => {
+                        pause.wait().await;
+                        continue;
+                    }
+                }
+            }
+            let Some(mut claim) = self.claim.take() else { continue };
+            match claim.record(id, ended).await {
+                Ok(recorded) => {
+                    claim.finish();
+                    if recorded.is_none() {
+                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+                            "attempt {id} is no longer its build's running one; nothing was recorded");
+                    }
+                    return recorded;
+                }
+                Err(error) => {
+                    if !warned {
+                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+                            "cannot record the result of build {id} yet: {}", Chain(&error));
+                        warned = true;
+                    }
+                    drop(claim);
+                    pause.wait().await;
+                }
+            }
+        }
+    }
+
+    fn tell(&self, ended: &Ended, recorded: Option<&Recorded>, took: Duration) {
+        let (id, builder) = (self.job.id, &self.job.builder);
+        let Some(recorded) = recorded else { return };
+        let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        let why = ended.detail.as_deref().map(|detail| format!(": {detail}")).unwrap_or_default();
+        match recorded.retry_in {
+            Some(delay) => {
+                tracing::info!(build.id = %id.build, build.attempt = id.attempt, builder, duration_ms,
+                    "build {id} of {builder} goes back to the queue, to be tried again in {} s{why}", delay.as_secs());
+                self.shared.herald.event(id, builder, &self.job.worker, &recorded.state, "retried");
+            }
+            None => {
+                tracing::info!(build.id = %id.build, build.attempt = id.attempt, builder, duration_ms,
+                    "build {id} of {builder} {}{why}", recorded.state);
+                self.shared.herald.event(id, builder, &self.job.worker, &recorded.state, "finished");
+            }
+        }
+    }
+}
+
+/// Records an attempt whose worker has disappeared. `None`: it was not lost after all, or somebody else was faster.
+///
+/// # Errors
+/// Nothing was recorded.
+pub async fn recover(shared: &Shared, id: AttemptId, worker: &str) -> Result<Option<Recorded>, DatabaseError> {
+    let mut claim = shared.database.claim().await?;
+    if !claim.take_again(id, None).await? {
+        claim.finish();
+        return Ok(None);
+    }
+    let ended = Ended::without_process(Outcome::Lost, format!("worker `{worker}` disappeared"));
+    let recorded = claim.record(id, &ended).await?;
+    claim.finish();
+    if let Some(recorded) = &recorded {
+        tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+            "worker `{worker}` disappeared while it ran build {id}, which is now {}", recorded.state);
+    }
+    Ok(recorded)
+}

@@ -1,0 +1,583 @@
+//! The product's behaviour: wake, look, claim, run, record, look again. Every wake, timer, reconnect and finished build comes
+//! to the same loop, which claims all that is claimable (invariant 4).
+
+pub mod attempt;
+pub mod candidates;
+pub mod herald;
+mod lost;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::BackoffBuilder;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::attempt::{Done, Progress, attempt};
+use self::candidates::{Candidates, EACH};
+use self::herald::Herald;
+use self::lost::Lost;
+use crate::database::queries::Hello;
+use crate::database::watch::Snapshot;
+use crate::database::{Database, DatabaseError, News, Watch};
+use crate::executor::{Folders, Registry};
+use crate::model::{AttemptId, BuildId, Builder, Recorded};
+use crate::report::Chain;
+
+/// How many candidates one claim offers to the database: the first that is free is taken, so a few that others hold or
+/// have finished cost no further round trip.
+const OFFER: usize = 8;
+/// At most so many new rows are taken from one look; more make it a look at everything.
+const NEW: i32 = 1000;
+/// At most so many scheduled rows are made ready at once.
+const PROMOTE: i64 = 1000;
+/// While builds wait for builders that are busy elsewhere: a worker that dies sends no wake.
+const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
+/// After the database refused a claim.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// What the reactor does by the clock.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Builds at once.
+    pub slots: u32,
+    /// Patterns of builder names that this worker takes.
+    pub builders: Vec<String>,
+    /// At least this often everything is looked at.
+    pub poll: Duration,
+    /// Between two pings of a claim.
+    pub ping: Duration,
+    /// How long a build lives without its claim.
+    pub lease: Duration,
+    /// How long an unlocked running build is left to its owner.
+    pub grace: Duration,
+    /// Bytes of each log kept in the database.
+    pub database_limit: u64,
+}
+
+/// What all attempts share.
+pub struct Shared {
+    /// The database.
+    pub database: Database,
+    /// This worker.
+    pub hello: Hello,
+    /// Numbers.
+    pub settings: Settings,
+    /// What runs attempts.
+    pub executors: Registry,
+    /// Where they run.
+    pub folders: Folders,
+    /// Speaks to listeners.
+    pub herald: Herald,
+    /// Cancelled when running builds are to be stopped and given back.
+    pub giving_back: CancellationToken,
+    /// Cancelled when not even results are waited for any longer.
+    pub giving_up: CancellationToken,
+    /// Removal of old folders, out of the way of builds.
+    pub tidying: TaskTracker,
+}
+
+/// Orders to a running reactor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Claim nothing more; leave when what runs has ended.
+    Drain,
+    /// Claim nothing more; stop what runs, give it back, leave.
+    Stop,
+}
+
+/// The loop and what it knows.
+pub struct Reactor {
+    shared: Arc<Shared>,
+    news: Arc<News>,
+    orders: mpsc::UnboundedReceiver<Order>,
+    watch: Option<Watch>,
+    snapshot: Option<Snapshot>,
+    builders: Vec<Builder>,
+    candidates: Candidates,
+    /// Builders that were busy elsewhere, or failed, at the last try.
+    blocked: HashSet<String>,
+    running: HashMap<AttemptId, Active>,
+    /// Claims under way, by builder.
+    claiming: HashMap<String, usize>,
+    lost: Lost,
+    tasks: JoinSet<Finished>,
+    progress: (mpsc::UnboundedSender<Progress>, mpsc::UnboundedReceiver<Progress>),
+    timers: Timers,
+    leaving: Option<Order>,
+    others: i64,
+    said_hello: bool,
+    outage: Outage,
+    failed: bool,
+}
+
+/// Why a reactor left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// It was told to.
+    Ordered,
+    /// A task of it panicked: a bug. What ran was given back.
+    Failed,
+}
+
+struct Active {
+    builder: String,
+    stop: CancellationToken,
+}
+
+/// A task that has ended.
+enum Finished {
+    Attempt(String, Done),
+    Recovery(AttemptId, Result<Option<Recorded>, DatabaseError>),
+}
+
+/// When what is due. `None`: not.
+struct Timers {
+    everything: Instant,
+    due: Option<Instant>,
+    blocked: Option<Instant>,
+    lost: Instant,
+}
+
+impl Reactor {
+    /// A reactor for `shared`, taking `orders`.
+    pub fn new(shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>) -> Reactor {
+        let now = Instant::now();
+        let lost = Lost::new(shared.settings.grace, shared.hello.name.clone(), shared.folders.clone());
+        Reactor {
+            shared,
+            news: Arc::default(),
+            orders,
+            watch: None,
+            snapshot: None,
+            builders: Vec::new(),
+            candidates: Candidates::default(),
+            blocked: HashSet::new(),
+            running: HashMap::new(),
+            claiming: HashMap::new(),
+            lost,
+            tasks: JoinSet::new(),
+            progress: mpsc::unbounded_channel(),
+            timers: Timers { everything: now, due: None, blocked: None, lost: now },
+            leaving: None,
+            others: 0,
+            said_hello: false,
+            outage: Outage::default(),
+            failed: false,
+        }
+    }
+
+    /// Runs until an order to leave has been carried out.
+    ///
+    /// # Errors
+    /// The worker's name is in use at the start. A database that is away is waited for.
+    pub async fn run(mut self) -> Result<Left, DatabaseError> {
+        let mut backoff = backoff();
+        loop {
+            if self.watch.as_ref().is_some_and(Watch::is_gone) {
+                tracing::warn!(
+                    "the connection to {} is lost; connecting again",
+                    self.shared.database.info().describe()
+                );
+                self.forget_watch();
+            }
+            if self.watch.is_none() && !self.is_done() {
+                match self.shared.database.watch(&self.shared.hello.name, Arc::clone(&self.news)).await {
+                    Ok(watch) => {
+                        self.watch = Some(watch);
+                        self.outage.over();
+                        self.timers.everything = Instant::now();
+                        backoff = self::backoff();
+                    }
+                    Err(error @ DatabaseError::NameInUse { .. }) if !self.said_hello => return Err(error),
+                    Err(error) => {
+                        self.outage.failed(&error);
+                        let delay = backoff.next().unwrap_or(Duration::from_secs(15));
+                        self.wait(Some(Instant::now() + delay)).await;
+                        continue;
+                    }
+                }
+            }
+            if let Err(error) = self.look().await {
+                tracing::warn!("{}; connecting again", Chain(&error));
+                self.forget_watch();
+                continue;
+            }
+            self.fill();
+            if self.is_done() {
+                break;
+            }
+            if self.watch.is_some() && self.candidates.is_dry() && self.free_slots() > 0 {
+                self.timers.everything = Instant::now();
+                continue;
+            }
+            self.wait(None).await;
+        }
+        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false);
+        if self.said_hello
+            && let Err(error) = goodbye.await
+        {
+            tracing::debug!(error = %Chain(&error), "could not say goodbye");
+        }
+        Ok(if self.failed { Left::Failed } else { Left::Ordered })
+    }
+
+    fn is_done(&self) -> bool {
+        self.leaving.is_some() && self.tasks.is_empty()
+    }
+
+    fn forget_watch(&mut self) {
+        self.watch = None;
+        // Another session, perhaps another server: its transaction ids may mean something else.
+        self.snapshot = None;
+        self.lost.forget();
+    }
+
+    /// Looks at what is due: everything, or what is new.
+    async fn look(&mut self) -> Result<(), DatabaseError> {
+        let Some(watch) = &self.watch else { return Ok(()) };
+        let now = Instant::now();
+        let mut everything = now >= self.timers.everything || self.snapshot.is_none();
+        if self.news.take_builders() || everything {
+            let builders = watch.builders(&self.shared.hello.labels).await?;
+            let patterns = &self.shared.settings.builders;
+            let mine: Vec<Builder> =
+                builders.into_iter().filter(|builder| patterns.iter().any(|p| matches(p, &builder.name))).collect();
+            // A new builder's rows were passed over by every look before.
+            everything |= mine != self.builders;
+            self.builders = mine;
+        }
+        if everything || self.timers.due.is_some_and(|due| now >= due) {
+            let (promoted, due) = watch.promote(PROMOTE).await?;
+            let due = if promoted == PROMOTE as u64 { Some(Duration::ZERO) } else { due };
+            self.timers.due = due.map(|due| Instant::now() + due);
+        }
+        let names: Vec<String> = self.builders.iter().map(|builder| builder.name.clone()).collect();
+        let snapshot = match self.snapshot.take() {
+            Some(since) if !everything => {
+                let (snapshot, found, due) = watch.look_new(&since, &names, NEW).await?;
+                if let Some(due) = due {
+                    let due = Instant::now() + due;
+                    self.timers.due = Some(self.timers.due.map_or(due, |known| known.min(due)));
+                }
+                if found.len() >= NEW as usize || due.is_some_and(|due| due.is_zero()) {
+                    self.timers.everything = now;
+                    None
+                } else {
+                    self.candidates.add(found);
+                    Some(snapshot)
+                }
+            }
+            Some(_) | None => None,
+        };
+        self.snapshot = match snapshot {
+            Some(snapshot) => Some(snapshot),
+            None => {
+                let (snapshot, found) = watch.look_all(&names, EACH as i32).await?;
+                self.candidates.replace(found);
+                self.timers.everything = now + self.shared.settings.poll;
+                Some(snapshot)
+            }
+        };
+        if everything || now >= self.timers.lost {
+            let unlocked = watch.unlocked().await?;
+            self.timers.lost = now + self.shared.settings.ping;
+            let running = &self.running;
+            for (id, worker) in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
+                let shared = Arc::clone(&self.shared);
+                self.tasks.spawn(async move { Finished::Recovery(id, attempt::recover(&shared, id, &worker).await) });
+            }
+        }
+        if everything {
+            self.report_in().await?;
+        }
+        if everything || self.timers.blocked.is_some_and(|at| now >= at) {
+            self.blocked.clear();
+            self.timers.blocked = None;
+        }
+        Ok(())
+    }
+
+    async fn report_in(&mut self) -> Result<(), DatabaseError> {
+        let state = if self.leaving.is_some() { "draining" } else { "active" };
+        let hello = &self.shared.hello;
+        self.others = self.shared.database.hello(hello, state, None, !self.said_hello).await?;
+        if !self.said_hello {
+            self.said_hello = true;
+            tracing::info!(
+                worker = hello.name,
+                slots = hello.slots,
+                "worker {} is ready at {}",
+                hello.name,
+                self.shared.database.info().describe()
+            );
+            // As the last thing: whoever waits for this may enqueue now.
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                tracing::debug!(%error, "systemd was not told");
+            }
+        }
+        Ok(())
+    }
+
+    fn free_slots(&self) -> usize {
+        let used = self.running.len() + self.claiming.values().sum::<usize>();
+        (self.shared.settings.slots as usize).saturating_sub(used)
+    }
+
+    /// Starts a claim for each free slot, best candidate first.
+    fn fill(&mut self) {
+        if self.leaving.is_some() || self.watch.is_none() {
+            return;
+        }
+        while self.free_slots() > 0 {
+            let mut own: HashMap<&str, usize> = self.claiming.iter().map(|(name, n)| (name.as_str(), *n)).collect();
+            for active in self.running.values() {
+                *own.entry(&active.builder).or_default() += 1;
+            }
+            let best = self
+                .builders
+                .iter()
+                .filter(|b| !self.blocked.contains(&b.name))
+                .filter(|b| {
+                    own.get(b.name.as_str()).copied().unwrap_or(0) < usize::try_from(b.max_running).unwrap_or(0)
+                })
+                // One claim of a builder at a time: two would offer the same candidates.
+                .filter(|b| !self.claiming.contains_key(&b.name))
+                .filter_map(|b| Some((self.candidates.rank(&b.name)?, b)))
+                .min_by_key(|(rank, _)| *rank);
+            let Some((_, builder)) = best else { return };
+            let builder = builder.clone();
+            let offer = self.candidates.first(&builder.name, OFFER);
+            *self.claiming.entry(builder.name.clone()).or_default() += 1;
+            let (shared, progress) = (Arc::clone(&self.shared), self.progress.0.clone());
+            self.tasks.spawn(async move {
+                let done = attempt(&shared, &builder, &offer, &progress).await;
+                Finished::Attempt(builder.name, done)
+            });
+        }
+    }
+
+    /// Sleeps until something happens, and takes note of it. `until`: only until then, whatever the timers say.
+    async fn wait(&mut self, until: Option<Instant>) {
+        let wake_at = until.unwrap_or_else(|| {
+            let timers = &self.timers;
+            let mut at = timers.everything.min(timers.lost);
+            at = timers.due.map_or(at, |due| at.min(due));
+            timers.blocked.map_or(at, |blocked| at.min(blocked))
+        });
+        let tending = self.watch.is_some() || until.is_some();
+        tokio::select! {
+            biased;
+            Some(progress) = self.progress.1.recv() => self.note(progress),
+            Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => self.finished(finished),
+            Some(order) = self.orders.recv() => self.obey(order),
+            // Any wake may mean that a builder is idle again.
+            () = self.news.wait() => self.blocked.clear(),
+            () = tokio::time::sleep_until(wake_at), if tending => {}
+        }
+        // Whatever else has happened meanwhile, before looking once for all of it.
+        while let Ok(progress) = self.progress.1.try_recv() {
+            self.note(progress);
+        }
+        while let Some(finished) = self.tasks.try_join_next() {
+            self.finished(finished);
+        }
+    }
+
+    fn note(&mut self, progress: Progress) {
+        let Progress::Started { builder, id, stop } = progress;
+        self.claimed(&builder);
+        self.candidates.remove(id.build);
+        if self.leaving == Some(Order::Stop) {
+            stop.cancel();
+        }
+        self.running.insert(id, Active { builder, stop });
+    }
+
+    /// A claim of this builder is no longer under way.
+    fn claimed(&mut self, builder: &str) {
+        if let Some(n) = self.claiming.get_mut(builder) {
+            *n -= 1;
+            if *n == 0 {
+                self.claiming.remove(builder);
+            }
+        }
+    }
+
+    fn finished(&mut self, finished: Result<Finished, tokio::task::JoinError>) {
+        match finished {
+            Ok(Finished::Attempt(builder, done)) => self.attempt_done(&builder, done),
+            Ok(Finished::Recovery(id, result)) => {
+                self.lost.done(id);
+                match result {
+                    Ok(Some(recorded)) => self.plan_retry(&recorded),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(build.id = %id.build, "cannot take over build {id} yet: {}", Chain(&error))
+                    }
+                }
+            }
+            Err(error) => {
+                // What it held is unknown: start from what the database says, as after a crash.
+                tracing::error!("a task of the reactor failed, please report this: {error}");
+                self.failed = true;
+                self.leaving = Some(Order::Stop);
+                self.stop_all();
+            }
+        }
+    }
+
+    fn attempt_done(&mut self, builder: &str, done: Done) {
+        match done {
+            Done::BuilderBusy => {
+                self.claimed(builder);
+                self.blocked.insert(builder.to_owned());
+                self.timers.blocked = Some(Instant::now() + BUSY_ELSEWHERE);
+            }
+            Done::RowsGone(builds) => {
+                self.claimed(builder);
+                self.forget(&builds);
+            }
+            Done::Refused(build) => {
+                self.claimed(builder);
+                self.forget(&[build]);
+                // The builder has changed under us.
+                self.timers.everything = Instant::now();
+            }
+            Done::Failed(error) => {
+                self.claimed(builder);
+                tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
+                self.blocked.insert(builder.to_owned());
+                self.timers.blocked = Some(Instant::now() + AFTER_FAILURE);
+            }
+            Done::Ended(id, recorded) => {
+                self.running.remove(&id);
+                if let Some(recorded) = &recorded {
+                    self.plan_retry(recorded);
+                }
+                self.blocked.remove(builder);
+                self.fill();
+                // Others are not told by a NOTIFY of the result's own; so if nobody here goes on with this builder, they
+                // are told that a slot of it is free.
+                if self.others > 0 && !self.claiming.contains_key(builder) {
+                    self.shared.herald.wake();
+                }
+            }
+        }
+    }
+
+    fn forget(&mut self, builds: &[BuildId]) {
+        for build in builds {
+            self.candidates.remove(*build);
+        }
+    }
+
+    fn plan_retry(&mut self, recorded: &Recorded) {
+        if let Some(delay) = recorded.retry_in {
+            let at = Instant::now() + delay;
+            self.timers.due = Some(self.timers.due.map_or(at, |due| due.min(at)));
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Drain => {
+                tracing::info!(running = self.running.len(), "claiming nothing more; leaving when what runs has ended")
+            }
+            Order::Stop => {
+                tracing::info!(running = self.running.len(), "stopping; what runs is given back to the queue")
+            }
+        }
+        self.leaving = Some(order);
+        if order == Order::Stop {
+            self.stop_all();
+        }
+        // Shows as draining in worker_status.
+        self.timers.everything = Instant::now();
+    }
+
+    fn stop_all(&mut self) {
+        self.shared.giving_back.cancel();
+        for active in self.running.values() {
+            active.stop.cancel();
+        }
+    }
+}
+
+/// One line when the database goes away, one when its reason changes, one when it is back.
+#[derive(Default)]
+pub struct Outage {
+    said: Option<String>,
+    since: Option<Instant>,
+}
+
+impl Outage {
+    /// No connection, because of `error`.
+    pub fn failed(&mut self, error: &DatabaseError) {
+        let text = Chain(error).to_string();
+        self.since.get_or_insert_with(Instant::now);
+        if self.said.as_ref() != Some(&text) {
+            tracing::warn!("{text}; trying again until it works");
+            self.said = Some(text);
+        }
+    }
+
+    /// There is a connection.
+    pub fn over(&mut self) {
+        if let Some(since) = self.since.take() {
+            tracing::info!("connected again after {:.1} s", since.elapsed().as_secs_f64());
+        }
+        self.said = None;
+    }
+}
+
+/// First try after 0.2 s, then longer, up to 15 s, with jitter so that a farm does not come back all at once.
+pub fn backoff() -> impl Iterator<Item = Duration> {
+    backon::ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(200))
+        .with_max_delay(Duration::from_secs(15))
+        .without_max_times()
+        .with_jitter()
+        .build()
+}
+
+/// Whether `name` matches `pattern`, in which `*` stands for any characters and `?` for one.
+fn matches(pattern: &str, name: &str) -> bool {
+    fn rest(pattern: &[u8], name: &[u8]) -> bool {
+        match (pattern.split_first(), name.split_first()) {
+            (None, None) => true,
+            (Some((b'*', after)), _) => {
+                rest(after, name) || name.split_first().is_some_and(|(_, name)| rest(pattern, name))
+            }
+            (Some((p, after)), Some((n, name))) => (*p == b'?' || p == n) && rest(after, name),
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+    rest(pattern.as_bytes(), name.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns_of_builder_names() {
+        for (pattern, name, expected) in [
+            ("*", "linux", true),
+            ("linux", "linux", true),
+            ("linux", "linux2", false),
+            ("lin*", "linux", true),
+            ("*-nightly", "linux-nightly", true),
+            ("*-nightly", "linux", false),
+            ("l?nux", "linux", true),
+            ("", "x", false),
+            ("a*b*c", "aXbYc", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+}

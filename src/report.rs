@@ -1,0 +1,26 @@
+//! One way to print an error with its causes.
+
+use std::error::Error;
+use std::fmt;
+
+/// Displays an error and all its causes on one line. A bare `tokio_postgres::Error` prints just `db error`; its cause
+/// holds the server's words.
+pub struct Chain<'a>(pub &'a (dyn Error + 'static));
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut last = self.0.to_string();
+        f.write_str(&last)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            // Many errors repeat their cause's text in their own.
+            if !last.contains(&text) {
+                write!(f, ": {text}")?;
+                last = text;
+            }
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
