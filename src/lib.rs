@@ -10,3 +10,4 @@ pub mod logs;
 pub mod model;
 pub mod reactor;
 pub mod report;
+pub mod tasks;

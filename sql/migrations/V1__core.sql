@@ -49,7 +49,7 @@ CREATE TABLE builders (
         CHECK (name ~ '^[A-Za-z0-9._-]{1,63}$' AND name !~ '^[.]+$'),
     CONSTRAINT executor_buildbot_is_not_supported_by_this_version CHECK (executor <> 'buildbot'),
     CONSTRAINT executor_is_process CHECK (executor IN ('process', 'buildbot')),
-    CONSTRAINT process_builder_has_a_script CHECK (executor <> 'process' OR length(btrim(script, E' \t\r\n')) > 0),
+    CONSTRAINT process_builder_has_a_script CHECK (executor <> 'process' OR length(btrim(coalesce(script, ''), E' \t\r\n')) > 0),
     CONSTRAINT settings_are_a_json_object CHECK (jsonb_typeof(settings) = 'object'),
     CONSTRAINT process_builder_has_no_settings CHECK (executor <> 'process' OR settings = '{}'),
     CONSTRAINT env_is_a_json_object_of_strings_without_build_and_prop_names CHECK (build_env_is_valid(env)),

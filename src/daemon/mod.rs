@@ -79,9 +79,9 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let limits = SessionLimits { slots: worker.slots, claim_idle: config.lease.lease + KILL_TIME };
     let database = Database::new(info, limits, &format!("buildreactor {}", worker.name))?;
     let (herald, proclaim) = Herald::new(database.clone());
-    let proclaim = AbortOnDropHandle::new(tokio::task::spawn(proclaim));
+    let proclaim = crate::tasks::spawn(proclaim);
     let tidying = TaskTracker::new();
-    let janitor = AbortOnDropHandle::new(tokio::task::spawn(janitor::run(folders.attempts(), config.log.keep)));
+    let janitor = crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
     let (giving_back, giving_up) = (CancellationToken::new(), CancellationToken::new());
     let shared = Arc::new(Shared {
         database,
@@ -102,11 +102,11 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         giving_up: giving_up.clone(),
         tidying: tidying.clone(),
     });
-    let deadline = AbortOnDropHandle::new(tokio::task::spawn(async move {
+    let deadline = crate::tasks::spawn(async move {
         giving_back.cancelled().await;
         tokio::time::sleep(LAST_PATIENCE).await;
         giving_up.cancel();
-    }));
+    });
     let left = Reactor::new(shared, receive_orders).run().await;
     drop((signals, janitor, deadline));
     tidying.close();
@@ -163,7 +163,7 @@ fn listen_to_signals(orders: mpsc::UnboundedSender<Order>) -> Result<AbortOnDrop
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let mut drain = signal(SignalKind::user_defined1()).map_err(DaemonError::Signals)?;
-    Ok(AbortOnDropHandle::new(tokio::task::spawn(async move {
+    Ok(crate::tasks::spawn(async move {
         loop {
             let order = tokio::select! {
                 _ = terminate.recv() => Order::Stop,
@@ -174,5 +174,5 @@ fn listen_to_signals(orders: mpsc::UnboundedSender<Order>) -> Result<AbortOnDrop
                 break;
             }
         }
-    })))
+    }))
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use backon::{ConstantBuilder, Retryable};
 use tokio_postgres::Client;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::{ConnInfo, DatabaseError, Result, answered};
 
@@ -55,12 +54,7 @@ pub enum SchemaState {
 
 /// Number of the last migration that this program knows.
 pub fn known_version() -> i32 {
-    embedded::migrations::runner()
-        .get_migrations()
-        .iter()
-        .map(|m| i32::try_from(m.version()).unwrap_or(i32::MAX))
-        .max()
-        .unwrap_or(0)
+    embedded::migrations::runner().get_migrations().iter().map(|m| m.version()).max().unwrap_or(0)
 }
 
 /// What `migrate` did.
@@ -119,11 +113,11 @@ pub enum MigrateError {
 pub async fn migrate(info: &ConnInfo) -> std::result::Result<Report, MigrateError> {
     const STEP: &str = "migrate";
     let (mut client, connection) = super::connect(info, "buildreactor migrate").await?;
-    let _driver = AbortOnDropHandle::new(tokio::task::spawn(async move {
+    let _driver = crate::tasks::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = %crate::report::Chain(&error), "the connection of migrate ended");
         }
-    }));
+    });
     answered(STEP, client.batch_execute(super::WORK_SESSION)).await?;
     answered(
         STEP,
@@ -236,11 +230,11 @@ async fn holders(client: &Client) -> String {
 /// No connection, or it cannot be read.
 pub async fn schema_state(info: &ConnInfo) -> Result<SchemaState> {
     let (client, connection) = super::connect(info, "buildreactor").await?;
-    let _driver = AbortOnDropHandle::new(tokio::task::spawn(async move {
+    let _driver = crate::tasks::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(error = %crate::report::Chain(&error), "the connection ended");
         }
-    }));
+    });
     state(&client).await
 }
 

@@ -88,14 +88,14 @@ impl Database {
     }
 
     async fn work(&self) -> Result<Object> {
-        self.from_pool(&self.work).await
+        self.take_from(&self.work).await
     }
 
     async fn claim_session(&self) -> Result<Object> {
-        self.from_pool(&self.claims).await
+        self.take_from(&self.claims).await
     }
 
-    async fn from_pool(&self, pool: &Pool) -> Result<Object> {
+    async fn take_from(&self, pool: &Pool) -> Result<Object> {
         pool.get().await.map_err(|source| DatabaseError::Pool { place: self.info.describe(), source: Box::new(source) })
     }
 }

@@ -94,7 +94,7 @@ impl Watch {
         let (client, mut connection) = super::connect(info, &format!("buildreactor {worker} watch")).await?;
         let gone = CancellationToken::new();
         let at_end = gone.clone();
-        let driver = AbortOnDropHandle::new(tokio::task::spawn(async move {
+        let driver = crate::tasks::spawn(async move {
             loop {
                 match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
                     Some(Ok(AsyncMessage::Notification(note))) => {
@@ -113,7 +113,7 @@ impl Watch {
             }
             at_end.cancel();
             news.ring();
-        }));
+        });
         answered(STEP, client.batch_execute(super::WORK_SESSION)).await?;
         let prepared = answered(STEP, async {
             Ok(Prepared {

@@ -133,11 +133,7 @@ impl Attempt<'_> {
             limit: self.shared.settings.database_limit,
             worker: self.job.worker.clone(),
         };
-        let shipper = tokio_util::task::AbortOnDropHandle::new(tokio::task::spawn(logs::ship(
-            self.shared.database.clone(),
-            source,
-            log_ended.clone(),
-        )));
+        let shipper = crate::tasks::spawn(logs::ship(self.shared.database.clone(), source, log_ended.clone()));
         let mut ended = self.execute().await;
         log_ended.cancel();
         if let Err(error) = shipper.await {

@@ -113,7 +113,7 @@ async fn start(dir: &Path) -> io::Result<Live> {
     let waiting = Waiting::default();
     let gone = CancellationToken::new();
     let (answers, at_end) = (Arc::clone(&waiting), gone.clone());
-    let reader = AbortOnDropHandle::new(tokio::task::spawn(async move {
+    let reader = crate::tasks::spawn(async move {
         while let Ok(Some(line)) = lines.next_line().await {
             match serde_json::from_str(&line) {
                 Ok(FromKeeper::Ended { id, status }) => {
@@ -129,7 +129,7 @@ async fn start(dir: &Path) -> io::Result<Live> {
         at_end.cancel();
         // Dropping the senders tells every waiting attempt.
         lock(&answers).clear();
-    }));
+    });
     Ok(Live { orders, waiting, gone, _reader: reader })
 }
 

@@ -19,6 +19,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, getppid, setsid};
 
+use super::fork::with_no_signal_blocked;
 use super::protocol::{End, Spec, Status};
 use super::tree::{descendants, signal_descendants};
 use crate::logs::file::OutputWriter;
@@ -95,7 +96,8 @@ impl<'a> Guardian<'a> {
         fcntl(output.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failed("set up the output pipe"))?;
 
         let (program, arguments) = spec.command.split_first().ok_or("no command")?;
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(arguments)
             .current_dir(&spec.workdir)
             .env_clear()
@@ -103,9 +105,12 @@ impl<'a> Guardian<'a> {
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(stderr)
-            .process_group(0)
+            .process_group(0);
+        let child = with_no_signal_blocked(&mut command)
             .spawn()
             .map_err(|error| format!("cannot start `{program}`: {error}"))?;
+        // It keeps the pipe's other ends, which would never let us see the end of the output.
+        drop(command);
         let leader = Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?);
         let now = clock();
         Ok(Guardian {

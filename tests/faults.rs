@@ -1,0 +1,157 @@
+//! Staged faults: connections cut, servers restarted, daemons stopped. What the lease chain adds has its own tests later.
+
+use buildreactor::database::conninfo::ConnInfo;
+use buildreactor::embedded::{Options, Server, StopMode};
+
+use crate::support::{Daemon, Db, buildreactor, connect, temp_dir, text, wait_for};
+
+const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
+
+#[tokio::test]
+async fn a_terminated_claim_is_taken_again_and_the_build_ends_in_the_same_attempt() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    db.builder("b", &format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "300ms")]).await;
+    let id = db.enqueue("b").await;
+    db.wait("SELECT claim_held FROM running_builds").await;
+    db.execute("SELECT pg_terminate_backend((SELECT claim_pid FROM running_builds))").await;
+    daemon.says("is held again").await;
+    assert!(db.one::<bool>("SELECT claim_held FROM running_builds").await);
+    assert_eq!(db.one::<i32>("SELECT slots_used FROM builder_status").await, 1, "with its slot");
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts").await, 1);
+}
+
+#[tokio::test]
+async fn a_result_survives_a_claim_that_was_cut_just_before_it() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    db.builder("b", &format!("while [ ! -e {} ]; do sleep 0.05; done; exit 3", gate.display())).await;
+    // No ping before the end: only recording finds out.
+    let env = [
+        HOUR,
+        ("BUILDREACTOR_LEASE_PING", "100s"),
+        ("BUILDREACTOR_LEASE_LEASE", "400s"),
+        ("BUILDREACTOR_LEASE_GRACE", "500s"),
+    ];
+    let _daemon = Daemon::start(&db, "w", &env).await;
+    let id = db.enqueue("b").await;
+    db.wait("SELECT claim_held FROM running_builds").await;
+    db.execute("SELECT pg_terminate_backend((SELECT claim_pid FROM running_builds))").await;
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(id).await, "failed");
+    assert_eq!(
+        db.one::<String>("SELECT string_agg(concat_ws(' ', attempt, state, exit_code), ',') FROM build_attempts").await,
+        "1 failed 3"
+    );
+}
+
+#[tokio::test]
+async fn a_database_that_is_down_at_the_start_and_restarted_later_is_waited_for() {
+    let folder = temp_dir();
+    let dir = folder.path().join("pg");
+    std::fs::create_dir_all(&dir).unwrap();
+    let start = |dir: std::path::PathBuf| {
+        tokio::task::spawn_blocking(move || Server::start(Options { dir: Some(dir), ..Options::default() }).unwrap())
+    };
+    let mut server = start(dir.clone()).await.unwrap();
+    let url = server.url("postgres");
+    let info = ConnInfo::from_env(Some(&url)).unwrap();
+    buildreactor::database::migrate::migrate(&info).await.unwrap();
+    let client = connect(&url).await;
+    client
+        .batch_execute(
+            "INSERT INTO builders (name, script) VALUES ('b', 'true'); INSERT INTO build_queue (builder) VALUES ('b')",
+        )
+        .await
+        .unwrap();
+    drop(client);
+    server = tokio::task::spawn_blocking(move || {
+        server.stop(StopMode::Fast).unwrap();
+        server
+    })
+    .await
+    .unwrap();
+    drop(server);
+
+    let mut daemon = Daemon::spawn(&url, "w", &[HOUR]);
+    daemon.says("cannot connect to database `postgres`").await;
+    let ticks = cpu_ticks(daemon.pid());
+    let began = std::time::Instant::now();
+    wait_for("three seconds without a server", || async { began.elapsed().as_secs() >= 3 }).await;
+    assert!(cpu_ticks(daemon.pid()) - ticks < 30, "no spin");
+    assert_eq!(daemon.times_said("cannot connect"), 1, "one clear line");
+    let mut server = start(dir).await.unwrap();
+    daemon.ready().await;
+    let client = connect(&url).await;
+    wait_for("the first build", || async { finished(&client).await == 1 }).await;
+
+    for mode in [StopMode::Fast, StopMode::Immediate] {
+        server = tokio::task::spawn_blocking(move || {
+            server.restart(mode).unwrap();
+            server
+        })
+        .await
+        .unwrap();
+        let client = connect(&url).await;
+        let before = finished(&client).await;
+        client.batch_execute("INSERT INTO build_queue (builder) VALUES ('b')").await.unwrap();
+        wait_for("a build after the restart", || async { finished(&client).await == before + 1 }).await;
+    }
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+async fn finished(client: &tokio_postgres::Client) -> i64 {
+    client.query_one("SELECT count(*) FROM builds WHERE state = 'passed'", &[]).await.unwrap().get(0)
+}
+
+/// utime + stime in clock ticks (10 ms).
+fn cpu_ticks(pid: i32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[tokio::test]
+async fn a_server_that_ends_idle_transactions_does_not_end_claims() {
+    let db = Db::new().await;
+    db.execute(&format!("ALTER DATABASE {} SET idle_in_transaction_session_timeout = '300ms'", db.name())).await;
+    db.execute(&format!("ALTER DATABASE {} SET statement_timeout = '300ms'", db.name())).await;
+    let daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.builder("b", "sleep 2").await;
+    let id = db.enqueue("b").await;
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(daemon.times_said("lost"), 0);
+}
+
+#[tokio::test]
+async fn wrong_configuration_and_unreachable_databases_have_their_exit_codes() {
+    let folder = temp_dir();
+    let file = folder.path().join("b.toml");
+    std::fs::write(
+        &file,
+        "[worker]\nslots = \"many\"\nslot = 3\n\n[reactor]\npoll = \"30 parsecs\"\n[mail]\nurl = \"smtp://x\"\n",
+    )
+    .unwrap();
+    let output = buildreactor(&["run", "--config", file.to_str().unwrap()], &[]);
+    assert_eq!(output.status.code(), Some(78));
+    let told = text(&output.stderr);
+    for part in ["b.toml:2: worker.slots", "b.toml:3: worker.slot", "b.toml:6: reactor.poll", "b.toml:7: "] {
+        assert!(told.contains(part), "{part} in {told}");
+    }
+    let output = buildreactor(&["migrate", "--database", "host=/nonexistent dbname=x"], &[]);
+    assert_eq!(output.status.code(), Some(69), "{}", text(&output.stderr));
+    let output = buildreactor(&["migrate", "--database", "host=/tmp nonsense=1"], &[]);
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output.stderr));
+    let db = Db::empty().await;
+    let output = buildreactor(&["migrate", "--database", &crate::support::server().url("no_such_database")], &[]);
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output.stderr));
+    let state = folder.path().display().to_string();
+    let output = buildreactor(&["run", "--database", &db.url()], &[("BUILDREACTOR_WORKER_STATE_DIR", &state)]);
+    assert_eq!(output.status.code(), Some(78));
+    assert!(text(&output.stderr).contains("run `buildreactor migrate` first"), "{}", text(&output.stderr));
+}

@@ -1,0 +1,11 @@
+//! One integration binary, a module a feature. Everything is real: PostgreSQL, daemons, processes, psql.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests fail by panicking")]
+
+mod claims;
+mod faults;
+mod logs;
+mod process;
+mod sql;
+mod structure;
+mod support;
+mod wakes;

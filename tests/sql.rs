@@ -1,0 +1,347 @@
+//! The SQL contract as a psql user meets it. These run without a daemon.
+
+use crate::support::{Db, buildreactor, server, text};
+use buildreactor::database::queries;
+
+#[tokio::test]
+async fn every_statement_file_is_listed_and_can_be_prepared() {
+    let db = Db::new().await;
+    let session = db.session().await;
+    for (file, sql) in queries::ALL {
+        session.prepare(sql).await.unwrap_or_else(|error| panic!("{file}: {error:?}"));
+        assert!(sql.starts_with("-- "), "{file} has a header");
+    }
+    let listed: Vec<&str> = queries::ALL.iter().map(|(file, _)| *file).collect();
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/sql/queries")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(listed.contains(&name.as_str()), "{name} is in no list");
+    }
+}
+
+#[tokio::test]
+async fn every_object_has_a_comment() {
+    let db = Db::new().await;
+    let bare: Vec<String> = db
+        .all(
+            "SELECT c.relname::text FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
+               AND obj_description(c.oid, 'pg_class') IS NULL
+             UNION ALL
+             SELECT c.relname || '.' || a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+             WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v') AND col_description(c.oid, a.attnum) IS NULL
+             UNION ALL
+             SELECT p.proname::text FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace AND obj_description(p.oid, 'pg_proc') IS NULL
+             UNION ALL
+             SELECT t.typname::text FROM pg_type t WHERE t.typnamespace = 'public'::regnamespace AND t.typtype = 'e' AND obj_description(t.oid, 'pg_type') IS NULL",
+        )
+        .await;
+    assert_eq!(bare, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn every_form_of_insert_works_and_answers_with_the_build_id() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    for (sql, expected) in [
+        ("INSERT INTO build_queue (builder) VALUES ('linux') RETURNING build_id", "1\n"),
+        (
+            "INSERT INTO build_queue (builder, properties, reason, priority) VALUES ('linux', '{\"revision\": \"abc\"}', 'nightly', 7) RETURNING build_id",
+            "2\n",
+        ),
+        (
+            "INSERT INTO build_queue (builder, run_after) VALUES ('linux', now() + interval '1 hour') RETURNING build_id",
+            "3\n",
+        ),
+        (
+            "INSERT INTO build_queue (builder, properties) SELECT 'linux', jsonb_build_object('n', n) FROM generate_series(1, 3) n RETURNING build_id",
+            "4\n5\n6\n",
+        ),
+        ("INSERT INTO builds (builder, properties) VALUES ('linux', '{\"a\": 1}') RETURNING id", "7\n"),
+        ("INSERT INTO build_queue (build_id) VALUES (7) RETURNING build_id, builder, priority", "7|linux|0\n"),
+    ] {
+        let output = db.psql(&["-qAt", "-c", sql]);
+        assert_eq!((text(&output.stdout).as_str(), text(&output.stderr).as_str()), (expected, ""), "{sql}");
+    }
+    let rows: Vec<String> = db
+        .all("SELECT concat_ws('|', id, builder, properties, reason, state, queued_at IS NOT NULL, submitted_by) FROM builds ORDER BY id")
+        .await;
+    assert_eq!(rows[1], "2|linux|{\"revision\": \"abc\"}|nightly|queued|t|postgres");
+    assert_eq!(rows[6], "7|linux|{\"a\": 1}|queued|t|postgres");
+    let ready: Vec<i64> = db.all("SELECT build_id FROM build_queue WHERE NOT ready").await;
+    assert_eq!(ready, [3], "a row for later is not among those that can be claimed");
+
+    let output = db.psql(&[
+        "-qAt",
+        "-c",
+        "BEGIN",
+        "-c",
+        "INSERT INTO build_queue (builder) VALUES ('linux') RETURNING build_id",
+        "-c",
+        "ROLLBACK",
+    ]);
+    assert_eq!(text(&output.stdout), "8\n");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM builds").await, 7, "a rollback enqueues nothing");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_queue").await, 7);
+}
+
+#[tokio::test]
+async fn copy_of_10_000_rows_works() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    let folder = crate::support::temp_dir();
+    let file = folder.path().join("rows.csv");
+    let rows: String = (0..10_000).map(|n| format!("linux,{},\"{{\"\"n\"\": {n}}}\"\n", n % 5)).collect();
+    std::fs::write(&file, rows).unwrap();
+    let output =
+        db.psql(&["-c", &format!("\\copy build_queue (builder, priority, properties) from '{}' csv", file.display())]);
+    assert_eq!(text(&output.stdout), "COPY 10000\n", "{}", text(&output.stderr));
+    assert_eq!(
+        db.one::<i64>("SELECT count(*) FROM builds b JOIN build_queue q ON q.build_id = b.id WHERE b.state = 'queued'")
+            .await,
+        10_000
+    );
+    assert_eq!(db.one::<i64>("SELECT count(DISTINCT properties ->> 'n') FROM builds").await, 10_000);
+}
+
+#[tokio::test]
+async fn bad_input_is_refused_with_the_cure_and_nothing_half_done() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    for (sql, expected) in [
+        (
+            "INSERT INTO build_queue (builder) VALUES ('windows')",
+            "there is no builder \"windows\" |  | There is: linux. A new one: INSERT INTO builders (name, script) VALUES ('NAME', 'SCRIPT');",
+        ),
+        (
+            "INSERT INTO build_queue (priority) VALUES (1)",
+            "a row in build_queue needs a builder or a build_id |  | INSERT INTO build_queue (builder) VALUES ('NAME');",
+        ),
+        (
+            "INSERT INTO build_queue (builder) SELECT b FROM unnest(ARRAY['linux', 'nope']) b",
+            "there is no builder \"nope\"",
+        ),
+        (
+            "INSERT INTO build_queue (builder, properties) VALUES ('linux', '[1]')",
+            "properties must be a JSON object, not array",
+        ),
+        (
+            "INSERT INTO build_queue (builder, properties) VALUES ('linux', '{bad')",
+            "invalid input syntax for type json",
+        ),
+        (
+            "INSERT INTO build_queue (builder, priority) VALUES ('linux', 'high')",
+            "invalid input syntax for type integer",
+        ),
+        (
+            "INSERT INTO build_queue (builder, run_after) VALUES ('linux', 'tomorrow evening')",
+            "invalid input syntax for type timestamp",
+        ),
+        ("INSERT INTO build_queue (builder, run_after) VALUES ('linux', 'infinity')", "run_after_is_a_finite_time"),
+        ("INSERT INTO build_queue (build_id) VALUES (4711)", "there is no build 4711"),
+        ("INSERT INTO build_queue (builder, needs) VALUES ('linux', '{1}')", "needs_are_not_supported_by_this_version"),
+        (
+            "INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', 'x')",
+            "coalesce_key_is_not_supported_by_this_version",
+        ),
+        (
+            "INSERT INTO build_queue (builder, notify) VALUES ('linux', '{a@example.org}')",
+            "notify_is_not_supported_by_this_version",
+        ),
+        ("INSERT INTO builds (builder) VALUES ('windows')", "there is no builder \"windows\""),
+        ("INSERT INTO builds (builder, state) VALUES ('linux', 'running')", "a new row of builds cannot be running"),
+        ("INSERT INTO builds (builder, state) VALUES ('linux', 'passed')", "a_described_build_is_not_queued"),
+        (
+            "INSERT INTO builders (name, script) VALUES ('a b', 'true')",
+            "builder_name_is_1_to_63_of_letters_digits_dot_underscore_minus",
+        ),
+        ("INSERT INTO builders (name, script) VALUES ('..', 'true')", "builder_name_is_1_to_63"),
+        ("INSERT INTO builders (name, script) VALUES (repeat('x', 64), 'true')", "builder_name_is_1_to_63"),
+        ("INSERT INTO builders (name) VALUES ('x')", "process_builder_has_a_script"),
+        ("INSERT INTO builders (name, script, executor) VALUES ('x', 'true', 'docker')", "executor_is_process"),
+        (
+            "INSERT INTO builders (name, executor) VALUES ('x', 'buildbot')",
+            "executor_buildbot_is_not_supported_by_this_version",
+        ),
+        (
+            "INSERT INTO builders (name, script, env) VALUES ('x', 'true', '{\"BUILD_ID\": \"7\"}')",
+            "env_is_a_json_object_of_strings_without_build_and_prop_names",
+        ),
+        (
+            "INSERT INTO builders (name, script, env) VALUES ('x', 'true', '{\"A\": 7}')",
+            "env_is_a_json_object_of_strings",
+        ),
+        ("INSERT INTO builders (name, script, max_running) VALUES ('x', 'true', 0)", "max_running_is_1_to_1000"),
+        ("INSERT INTO builders (name, script, timeout) VALUES ('x', 'true', '0 s')", "timeout_is_1_second_to_30_days"),
+        (
+            "INSERT INTO builders (name, script, locks) VALUES ('x', 'true', '{db}')",
+            "locks_are_not_supported_by_this_version",
+        ),
+        (
+            "DELETE FROM builders WHERE name = 'linux'; INSERT INTO build_queue (builder) VALUES ('linux')",
+            "there is no builder \"linux\"",
+        ),
+        ("TRUNCATE build_queue", "TRUNCATE would leave builds queued"),
+    ] {
+        let refusal = db.refusal(sql).await;
+        assert!(refusal.contains(expected), "{sql}\n  gave: {refusal}\n  not:  {expected}");
+    }
+    for table in ["builds", "build_queue"] {
+        assert_eq!(db.one::<i64>(&format!("SELECT count(*) FROM {table}")).await, 0, "{table}");
+    }
+    assert_eq!(db.all::<String>("SELECT name FROM builders").await, ["linux"]);
+}
+
+#[tokio::test]
+async fn a_queued_build_is_queued_once_and_a_finished_one_again() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    let id = db.enqueue("linux").await;
+    assert!(db.refusal(&format!("INSERT INTO build_queue (build_id) VALUES ({id})")).await.contains("already exists"));
+    db.execute(&format!("INSERT INTO build_queue (build_id) VALUES ({id}) ON CONFLICT DO NOTHING")).await;
+    let refusal = db.refusal(&format!("INSERT INTO build_queue (build_id, builder) VALUES ({id}, 'other')")).await;
+    assert!(refusal.contains("is of builder \"linux\", not \"other\""), "{refusal}");
+    assert!(db.refusal("DELETE FROM builds").await.contains(&format!("build {id} is queued")));
+
+    db.execute(&format!("UPDATE build_queue SET priority = 3, properties = '{{\"x\": 2}}' WHERE build_id = {id}"))
+        .await;
+    assert_eq!(db.one::<String>("SELECT properties::text FROM builds").await, "{\"x\": 2}", "moved on to the ledger");
+    assert!(db.refusal("UPDATE build_queue SET builder = 'x'").await.contains("cannot be changed"));
+
+    db.execute("DELETE FROM build_queue").await;
+    assert_eq!(
+        db.one::<String>("SELECT state || ', ' || detail FROM builds").await,
+        "cancelled, deleted from build_queue by postgres"
+    );
+    db.execute(&format!("INSERT INTO build_queue (build_id) VALUES ({id})")).await;
+    assert_eq!(db.one::<String>("SELECT concat_ws(',', state, finished_at, detail) FROM builds").await, "queued");
+}
+
+#[tokio::test]
+async fn a_described_build_waits_in_builds_alone_and_history_can_be_imported() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.execute("INSERT INTO builds (builder) VALUES ('linux')").await;
+    assert_eq!(db.one::<String>("SELECT state::text FROM builds").await, "described");
+    db.execute(
+        "INSERT INTO builds (builder, state, attempt, worker, queued_at, started_at, finished_at, exit_code)
+         VALUES ('linux', 'passed', 1, 'old', '2008-05-01', '2008-05-01', '2008-05-01', 0)",
+    )
+    .await;
+    assert_eq!(db.one::<i64>("SELECT build_id FROM recent_builds").await, 2);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_queue").await, 0);
+}
+
+#[tokio::test]
+async fn one_notify_a_statement_and_none_when_rolled_back() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    let (client, mut connection) = tokio_postgres::connect(&db.url(), tokio_postgres::NoTls).await.unwrap();
+    let (send, mut receive) = tokio::sync::mpsc::unbounded_channel();
+    let driver = tokio::task::spawn(async move {
+        while let Some(Ok(message)) = std::future::poll_fn(|cx| connection.poll_message(cx)).await {
+            if let tokio_postgres::AsyncMessage::Notification(note) = message {
+                send.send(format!("{}:{}", note.channel(), note.payload())).unwrap();
+            }
+        }
+    });
+    client.batch_execute("LISTEN build_queue; LISTEN other").await.unwrap();
+    db.execute("BEGIN; INSERT INTO build_queue (builder) VALUES ('linux'); ROLLBACK").await;
+    db.execute("INSERT INTO build_queue (builder) SELECT 'linux' FROM generate_series(1, 1000)").await;
+    // A session of the daemon's writes are no wake.
+    db.execute(
+        "BEGIN; SET LOCAL buildreactor.session = 'daemon'; UPDATE build_queue SET priority = 1; COMMIT; NOTIFY other",
+    )
+    .await;
+    assert_eq!(receive.recv().await.unwrap(), "build_queue:");
+    assert_eq!(receive.recv().await.unwrap(), "other:");
+    driver.abort();
+}
+
+#[tokio::test]
+async fn the_state_of_a_build_cannot_be_half_true() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    let id = db.enqueue("linux").await;
+    for (change, constraint) in [
+        ("state = 'running'", "a_running_build_has_an_attempt"),
+        ("state = 'passed', finished_at = now()", "a_verdict_needs_an_attempt"),
+        ("state = 'cancelled'", "a_final_build_has_a_finish"),
+        ("finished_at = now()", "a_final_build_has_a_finish"),
+        ("attempt = 1", "a_build_with_an_attempt_has_worker_and_start"),
+        ("exit_code = 1, term_signal = 9", "exit_code_or_signal_not_both"),
+        (
+            "state = 'passed', finished_at = now(), attempt = 1, worker = 'w', started_at = now(), exit_code = 3",
+            "a_passed_build_exits_0",
+        ),
+        ("state = 'superseded', finished_at = now()", "superseded_by_is_not_supported_by_this_version"),
+    ] {
+        let refusal = db.refusal(&format!("UPDATE builds SET {change} WHERE id = {id}")).await;
+        assert!(refusal.contains(constraint), "{change}: {refusal}");
+    }
+}
+
+#[tokio::test]
+async fn migrating_twice_changes_nothing_and_twenty_at_once_is_one() {
+    let db = Db::empty().await;
+    let url = db.url();
+    let all = (0..20).map(|_| {
+        let url = url.clone();
+        tokio::task::spawn_blocking(move || buildreactor(&["migrate", "--database", &url], &[]))
+    });
+    let mut applied = 0;
+    for output in all.collect::<Vec<_>>() {
+        let output = output.await.unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        applied += usize::from(text(&output.stdout).contains("applied V1__core"));
+    }
+    assert_eq!(applied, 1);
+    let dump = || {
+        text(
+            &std::process::Command::new(server().bin_dir().join("pg_dump"))
+                .args(["-s", "-d", &url])
+                .output()
+                .map(|o| o.stdout)
+                .unwrap_or_default(),
+        )
+    };
+    let before = dump();
+    let output = buildreactor(&["migrate", "--database", &url], &[]);
+    assert!(text(&output.stdout).contains("is up to date (version 1)"), "{}", text(&output.stdout));
+    // pg_dump writes a random token into its \restrict line.
+    let plain =
+        |dump: &str| dump.lines().filter(|line| !line.contains("restrict")).map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(plain(&before), plain(&dump()));
+}
+
+#[tokio::test]
+async fn a_schema_of_a_newer_program_is_refused_with_a_sentence() {
+    let db = Db::new().await;
+    db.execute(
+        "INSERT INTO build_schema_history (version, name, applied_on, checksum) VALUES (99, 'later', 'now', '1');
+         CREATE OR REPLACE FUNCTION build_schema_requires() RETURNS integer LANGUAGE sql IMMUTABLE RETURN 98",
+    )
+    .await;
+    let output = buildreactor(&["migrate", "--database", &db.url()], &[]);
+    assert_eq!(output.status.code(), Some(78));
+    assert!(
+        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 1"),
+        "{}",
+        text(&output.stderr)
+    );
+    let folder = crate::support::temp_dir();
+    let state = folder.path().display().to_string();
+    let output = buildreactor(&["run", "--database", &db.url()], &[("BUILDREACTOR_WORKER_STATE_DIR", &state)]);
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output.stderr));
+}
+
+#[tokio::test]
+async fn everything_may_live_in_a_schema_of_its_own() {
+    let db = Db::empty().await;
+    db.execute("CREATE SCHEMA farm").await;
+    let url = format!("{}&options=-csearch_path%3Dfarm", db.url());
+    let output = buildreactor(&["migrate", "--database", &url], &[]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace").await, 0);
+    // A person without that search_path: the triggers find their tables all the same.
+    db.execute("INSERT INTO farm.builders (name, script) VALUES ('x', 'true'); INSERT INTO farm.build_queue (builder) VALUES ('x')").await;
+    assert_eq!(db.one::<String>("SELECT state::text FROM farm.builds").await, "queued");
+}

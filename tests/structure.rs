@@ -1,0 +1,92 @@
+//! The sources keep to the map: imports run one way, rooms stay small, and only one names the database driver.
+
+use std::path::{Path, PathBuf};
+
+/// From the outside in: each may import those after it.
+const ROOMS: &[&[&str]] = &[
+    &["main"],
+    &["cli"],
+    &["daemon"],
+    &["reactor"],
+    &["executor"],
+    &["logs"],
+    &["database"],
+    &["embedded"],
+    &["config"],
+    &["model"],
+    &["report", "tasks"],
+];
+
+fn sources() -> Vec<(PathBuf, String)> {
+    fn walk(dir: &Path, found: &mut Vec<(PathBuf, String)>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                found.push((path, text));
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")), &mut found);
+    found
+}
+
+fn room(path: &Path) -> String {
+    let inside = path.strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap();
+    inside.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_owned()
+}
+
+#[test]
+fn imports_run_one_way() {
+    let rank = |name: &str| ROOMS.iter().position(|rooms| rooms.contains(&name));
+    let mut wrong = Vec::new();
+    for (path, text) in sources() {
+        let here = room(&path);
+        if here == "lib" {
+            continue;
+        }
+        let own = rank(&here).unwrap_or_else(|| panic!("`{here}` is not on the map"));
+        for part in text.split("crate::").skip(1) {
+            let name: String = part.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
+            let Some(other) = rank(&name) else { continue };
+            if other < own {
+                wrong.push(format!("{}: {here} uses {name}", path.display()));
+            }
+        }
+    }
+    assert_eq!(wrong, Vec::<String>::new());
+}
+
+#[test]
+fn only_the_database_room_names_its_driver() {
+    for (path, text) in sources() {
+        if room(&path) == "database" || text.contains("EnvFilter::new(\"info,tokio_postgres=warn") {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for name in ["tokio_postgres", "deadpool"] {
+            let named = code.lines().any(|line| line.contains(name) && !line.trim_start().starts_with("//"));
+            assert!(!named || path.to_str().unwrap().contains("/tests"), "{} names {name}", path.display());
+        }
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    for (path, text) in sources() {
+        assert!(text.lines().count() <= 600, "{} has {} lines", path.display(), text.lines().count());
+    }
+}
+
+#[test]
+fn unsafe_stands_in_one_place() {
+    let places: Vec<String> = sources()
+        .into_iter()
+        .filter(|(_, text)| text.contains("expect(unsafe_code"))
+        .map(|(path, _)| path.file_name().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(places, ["fork.rs"]);
+}

@@ -1,0 +1,377 @@
+//! What the tests stand on: one private PostgreSQL for the run, a database for each test, real daemons, and waiting.
+
+use std::future::Future;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use buildreactor::database::conninfo::ConnInfo;
+use buildreactor::embedded::{Options, Server};
+use tokio_postgres::{Client, NoTls};
+
+/// For anything that should happen soon on a slow, busy machine.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_buildreactor");
+
+/// The run's PostgreSQL: thrown away when this process ends, however it ends.
+pub fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| Server::start(Options::default()).expect("a private PostgreSQL"))
+}
+
+/// A number that no other test of this run has.
+pub fn unique() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A folder of its own, removed when dropped.
+pub struct TempDir(pub PathBuf);
+
+impl TempDir {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _gone = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub fn temp_dir() -> TempDir {
+    let dir = std::env::temp_dir().join(format!("buildreactor-test-{}-{}", std::process::id(), unique()));
+    std::fs::create_dir_all(&dir).unwrap();
+    TempDir(dir)
+}
+
+/// Asks until the answer is yes; fails, naming `what`, after [`SOON`].
+pub async fn wait_for<F, Fut>(what: &str, mut condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let deadline = Instant::now() + SOON;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "waited {} s for: {what}", SOON.as_secs());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A migrated database of its own.
+pub struct Db {
+    name: String,
+    client: Client,
+}
+
+impl Db {
+    pub async fn new() -> Db {
+        let name = format!("test_{}", unique());
+        admin().await.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {}", template().await)).await.unwrap();
+        Db { client: connect(&server().url(&name)).await, name }
+    }
+
+    /// Without the tables.
+    pub async fn empty() -> Db {
+        let name = format!("test_{}", unique());
+        admin().await.batch_execute(&format!("CREATE DATABASE {name}")).await.unwrap();
+        Db { client: connect(&server().url(&name)).await, name }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn url(&self) -> String {
+        server().url(&self.name)
+    }
+
+    /// Another session, as psql's would be.
+    pub async fn session(&self) -> Client {
+        connect(&self.url()).await
+    }
+
+    pub async fn execute(&self, sql: &str) {
+        self.client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+
+    /// First column of the only row.
+    pub async fn one<T: for<'a> tokio_postgres::types::FromSql<'a>>(&self, sql: &str) -> T {
+        self.client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
+    }
+
+    /// First column of all rows.
+    pub async fn all<T: for<'a> tokio_postgres::types::FromSql<'a>>(&self, sql: &str) -> Vec<T> {
+        let rows = self.client.query(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    /// Message, detail and hint of the error that `sql` must give.
+    pub async fn refusal(&self, sql: &str) -> String {
+        let error = self.client.batch_execute(sql).await.expect_err(sql);
+        let error = error.as_db_error().expect("an error of the server");
+        format!("{} | {} | {}", error.message(), error.detail().unwrap_or(""), error.hint().unwrap_or(""))
+    }
+
+    /// Waits until the query says true.
+    pub async fn wait(&self, sql: &str) {
+        let deadline = Instant::now() + SOON;
+        // No row yet, or null, is no.
+        while self.all::<Option<bool>>(sql).await != [Some(true)] {
+            if Instant::now() >= deadline {
+                let builds: Vec<String> =
+                    self.all("SELECT to_jsonb(b)::text FROM builds b ORDER BY id DESC LIMIT 5").await;
+                let queue: Vec<String> = self.all("SELECT to_jsonb(q)::text FROM build_queue q LIMIT 5").await;
+                panic!("waited {} s for: {sql}\nbuilds: {builds:#?}\nqueue: {queue:#?}", SOON.as_secs());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits for a final state and says which.
+    pub async fn finished(&self, build: i64) -> String {
+        self.wait(&format!("SELECT build_state_is_final(state) FROM builds WHERE id = {build}")).await;
+        self.one(&format!("SELECT state::text FROM builds WHERE id = {build}")).await
+    }
+
+    /// A builder with a script.
+    pub async fn builder(&self, name: &str, script: &str) {
+        self.client.execute("INSERT INTO builders (name, script) VALUES ($1, $2)", &[&name, &script]).await.unwrap();
+    }
+
+    /// Queues a build of a builder.
+    pub async fn enqueue(&self, builder: &str) -> i64 {
+        const SQL: &str = "INSERT INTO build_queue (builder) VALUES ($1) RETURNING build_id";
+        self.client.query_one(SQL, &[&builder]).await.unwrap().get(0)
+    }
+
+    /// The real psql, stopping at the first error.
+    pub fn psql(&self, arguments: &[&str]) -> Output {
+        Command::new(psql_program())
+            .args(["--no-psqlrc", "-v", "ON_ERROR_STOP=1", "-d"])
+            .arg(self.url())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("psql")
+    }
+}
+
+impl Drop for Db {
+    fn drop(&mut self) {
+        // Daemons are declared after the database and so are gone by now; FORCE ends what is left of their sessions.
+        let name = self.name.clone();
+        let dropping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let dropped = tokio::time::timeout(SOON, drop_now(&name));
+                assert!(dropped.await.is_ok(), "cannot drop {name}");
+            });
+        });
+        let _joined = dropping.join();
+    }
+}
+
+async fn drop_now(name: &str) {
+    admin().await.batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await.unwrap();
+}
+
+/// psql: next to the server's binaries, or in PATH.
+pub fn psql_program() -> PathBuf {
+    let beside = server().bin_dir().join("psql");
+    if beside.exists() { beside } else { PathBuf::from("psql") }
+}
+
+pub async fn connect(url: &str) -> Client {
+    let (client, connection) =
+        tokio_postgres::connect(url, NoTls).await.unwrap_or_else(|error| panic!("{url}: {error:?}"));
+    drop(tokio::task::spawn(connection));
+    client
+}
+
+async fn admin() -> Client {
+    connect(&server().url("postgres")).await
+}
+
+/// A migrated database to clone: 75 ms instead of a migration.
+async fn template() -> &'static str {
+    static TEMPLATE: tokio::sync::OnceCell<()> = tokio::sync::OnceCell::const_new();
+    TEMPLATE
+        .get_or_init(|| async {
+            admin().await.batch_execute("CREATE DATABASE template_buildreactor").await.unwrap();
+            let info = ConnInfo::from_env(Some(&server().url("template_buildreactor"))).unwrap();
+            buildreactor::database::migrate::migrate(&info).await.unwrap();
+            wait_for("the template's sessions to end", || async {
+                let left: i64 = admin()
+                    .await
+                    .query_one("SELECT count(*) FROM pg_stat_activity WHERE datname = 'template_buildreactor'", &[])
+                    .await
+                    .unwrap()
+                    .get(0);
+                left == 0
+            })
+            .await;
+        })
+        .await;
+    "template_buildreactor"
+}
+
+/// A real daemon process with a folder of its own.
+pub struct Daemon {
+    child: Option<Child>,
+    pub log: Arc<Mutex<Vec<String>>>,
+    command: Vec<(String, String)>,
+    url: String,
+    pub state: Arc<TempDir>,
+}
+
+impl Daemon {
+    /// Starts a worker and waits until it is ready. `env` overrides settings: `BUILDREACTOR_SECTION_KEY`.
+    pub async fn start(db: &Db, name: &str, env: &[(&str, &str)]) -> Daemon {
+        Daemon::start_at(&db.url(), name, env).await
+    }
+
+    pub async fn start_at(url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
+        let mut daemon = Daemon::spawn(url, name, env);
+        daemon.ready().await;
+        daemon
+    }
+
+    /// Starts a worker without waiting.
+    pub fn spawn(url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
+        let state = Arc::new(temp_dir());
+        let mut command = vec![
+            ("BUILDREACTOR_WORKER_NAME".to_owned(), name.to_owned()),
+            ("BUILDREACTOR_WORKER_STATE_DIR".to_owned(), state.path().display().to_string()),
+        ];
+        command.extend(env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        let mut daemon = Daemon { child: None, log: Arc::default(), command, url: url.to_owned(), state };
+        daemon.spawn_again();
+        daemon
+    }
+
+    /// The same worker anew, after its process has ended.
+    pub fn spawn_again(&mut self) {
+        assert!(self.child.is_none());
+        self.log.lock().unwrap().clear();
+        let mut child = Command::new(PROGRAM)
+            .args(["run", "--database", &self.url])
+            .envs(self.command.iter().map(|(key, value)| (key, value)))
+            .env_remove("DATABASE_URL")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (lines, log) = (BufReader::new(child.stderr.take().unwrap()).lines(), Arc::clone(&self.log));
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                log.lock().unwrap().push(line);
+            }
+        });
+        self.child = Some(child);
+    }
+
+    pub async fn ready(&mut self) {
+        self.says("is ready").await;
+    }
+
+    /// Waits until its log has a line with `text`.
+    pub async fn says(&mut self, text: &str) {
+        let deadline = Instant::now() + SOON;
+        while !self.has_said(text) {
+            let ended = self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_some());
+            assert!(!ended && Instant::now() < deadline, "no `{text}` in its log: {:#?}", self.log.lock().unwrap());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn has_said(&self, text: &str) -> bool {
+        self.log.lock().unwrap().iter().any(|line| line.contains(text))
+    }
+
+    pub fn times_said(&self, text: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.as_ref().unwrap().id()).unwrap()
+    }
+
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// Waits for its end; comes back with the exit code.
+    pub async fn exited(&mut self) -> Option<i32> {
+        let mut child = self.child.take().unwrap();
+        let deadline = Instant::now() + SOON;
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "the daemon does not end: {:#?}", self.log.lock().unwrap());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// SIGTERM, and its end.
+    pub async fn stop(&mut self) -> Option<i32> {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.exited().await
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ended = child.kill();
+            let _reaped = child.wait();
+            if std::thread::panicking() {
+                eprintln!("log of the daemon: {:#?}", self.log.lock().unwrap());
+            }
+        }
+    }
+}
+
+/// Processes of builds of a daemon with this state folder, dead ones not yet reaped left out.
+pub fn processes_of(state: &TempDir) -> Vec<i32> {
+    let wanted = format!("BUILD_DIR={}/", state.path().display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+        if environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(wanted.as_bytes())) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+/// Runs the program to its end.
+pub fn buildreactor(arguments: &[&str], env: &[(&str, &str)]) -> Output {
+    Command::new(PROGRAM)
+        .args(arguments)
+        .env_remove("DATABASE_URL")
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
