@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests fail by panicking")]
 
 mod claims;
+mod commands_check;
+mod conninfo_tls;
 mod faults;
 mod logs;
 mod process;

@@ -1,5 +1,6 @@
 //! The command line: one file a command.
 
+mod check;
 mod migrate;
 mod run;
 
@@ -49,6 +50,8 @@ enum Command {
     Run(run::Arguments),
     /// Create or upgrade the tables, views and functions in the database; safe to run twice, and while builds run
     Migrate,
+    /// Look for whatever would keep a worker from working: folder, database, pooler, privileges, limits; one line each
+    Check,
     /// (internal) Own the processes of builds for a daemon
     #[command(hide = true)]
     Keeper {
@@ -92,6 +95,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         match arguments.command {
             Command::Run(arguments) => run::run(arguments, config).await,
             Command::Migrate => migrate::run(&config).await,
+            Command::Check => check::run(&config).await,
             Command::Keeper { .. } => Ok(ExitCode::SUCCESS),
         }
     });

@@ -13,7 +13,7 @@ mod embedded {
     refinery::embed_migrations!("sql/migrations");
 }
 
-const API: &[&str] = &[
+pub(super) const API: &[&str] = &[
     include_str!("../../sql/api/10_triggers.sql"),
     include_str!("../../sql/api/20_views.sql"),
     include_str!("../../sql/api/90_schema.sql"),

@@ -7,6 +7,7 @@
 pub mod claim;
 pub mod conninfo;
 mod error;
+pub mod examine;
 
 pub mod migrate;
 pub mod queries;
@@ -38,7 +39,8 @@ pub const WORK_CONNECTIONS: u32 = 4;
 /// `enable_seqscan`: with a long claim open the queue is mostly dead rows, its statistics mean little, and a sequential
 /// scan would read them all.
 const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
-    SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET default_transaction_isolation = 'read committed'";
+    SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET default_transaction_isolation = 'read committed'; \
+    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')";
 
 /// The databases' connections of one daemon or command.
 #[derive(Clone)]

@@ -1,0 +1,154 @@
+//! `buildreactor check`
+
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::unistd::{Uid, User};
+
+use crate::config::{Config, KILL_TIME, Worker};
+use crate::database::SessionLimits;
+use crate::database::examine::{Asked, Finding, Findings, Level, examine};
+use crate::executor::Folders;
+use crate::report::Chain;
+
+/// Looks at everything a worker needs, one line each; fails when there is a problem.
+pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
+    let mut found = Findings::default();
+    found.ok("configuration", config.source());
+    let worker = config.worker.clone();
+    let mut found = tokio::task::spawn_blocking(move || {
+        machine(&worker, &mut found);
+        found
+    })
+    .await?;
+    let refused = database(config, &mut found).await.err();
+    if let Some(error) = &refused {
+        found.problem("connection", Chain(error.as_ref()).to_string());
+    }
+    print(&found)?;
+    Ok(match refused {
+        Some(error) => ExitCode::from(super::exit_code(&error)),
+        None if found.has_problem() => ExitCode::FAILURE,
+        None => ExitCode::SUCCESS,
+    })
+}
+
+async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<()> {
+    let info = super::conninfo(config)?;
+    // As the daemon sets them.
+    let limits = SessionLimits { slots: config.worker.slots, claim_idle: config.lease.lease + KILL_TIME };
+    let asked = Asked { worker: config.worker.name.clone(), limits, lease: config.lease.lease };
+    Ok(examine(&info, &asked, found).await?)
+}
+
+fn print(found: &Findings) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for Finding { level, subject, text } in &found.0 {
+        let level = match level {
+            Level::Ok => "ok",
+            Level::Note => "note",
+            Level::Problem => "PROBLEM",
+        };
+        // A server's message may have more than one line.
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        writeln!(out, "{level:<7}  {subject}: {text}")?;
+    }
+    out.flush()
+}
+
+/// What can be seen without the database.
+fn machine(worker: &Worker, found: &mut Findings) {
+    let folders = Folders::new(&worker.state_dir, &worker.name);
+    let folder = folders.root().display();
+    // The daemon makes what is missing.
+    let Some(nearest) = folders.root().ancestors().find(|path| path.exists()) else {
+        return found.problem("folder", format!("`{folder}` cannot be reached: name another [worker] state_dir"));
+    };
+    let place = nearest.display();
+    let uid = Uid::effective();
+    let user = User::from_uid(uid).ok().flatten().map_or(uid.to_string(), |user| user.name);
+    match run_program_in(nearest) {
+        Ok(()) => {
+            found.ok("folder", format!("user `{user}` can write to `{place}` and run programs there"));
+        }
+        Err(Failed::Write(error)) => {
+            let remedy = format!("make `{folder}` and chown it to `{user}`, or name another [worker] state_dir");
+            found.problem("folder", format!("user `{user}` cannot write to `{place}`: {error}; {remedy}"));
+        }
+        Err(Failed::Run(error)) => {
+            let remedy = "remount it if it is mounted noexec, or name another [worker] state_dir";
+            found.problem("folder", format!("programs cannot run in `{place}`: {error}; {remedy}"));
+        }
+    }
+    match nix::sys::statvfs::statvfs(nearest) {
+        Ok(disk) => {
+            let free = disk.blocks_available().saturating_mul(disk.fragment_size());
+            let text =
+                format!("{} free in `{place}`, [worker] min_free_disk is {}", size(free), size(worker.min_free_disk));
+            if free < worker.min_free_disk {
+                found.problem("disk", format!("{text}: make room, or lower it"));
+            } else {
+                found.ok("disk", text);
+            }
+        }
+        Err(error) => found.problem("disk", format!("cannot see how much is free in `{place}`: {error}")),
+    }
+}
+
+enum Failed {
+    Write(io::Error),
+    Run(io::Error),
+}
+
+/// Makes a folder with a small script in `dir`, runs it, and removes all.
+fn run_program_in(dir: &Path) -> Result<(), Failed> {
+    let folder = dir.join(format!(".buildreactor-check-{}", std::process::id()));
+    std::fs::create_dir(&folder).map_err(Failed::Write)?;
+    let script = folder.join("script");
+    let outcome = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o700)
+        .open(&script)
+        .and_then(|mut file| file.write_all(b"#!/bin/sh\nexit 0\n"))
+        .map_err(Failed::Write)
+        .and_then(|()| match std::process::Command::new(&script).status() {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(Failed::Run(io::Error::other(status.to_string()))),
+            Err(error) => Err(Failed::Run(error)),
+        });
+    outcome.and(std::fs::remove_dir_all(&folder).map_err(Failed::Write))
+}
+
+/// Bytes, for people.
+fn size(bytes: u64) -> String {
+    let units = [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.iter().find(|(_, unit)| bytes >= *unit) {
+        // One decimal, cut rather than rounded: what is shown is there.
+        Some((name, unit)) => format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit),
+        None => format!("{bytes} B"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_for_people() {
+        let shown = [0, 1023, 1024, (5 << 30) + (1 << 29)].map(size);
+        assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "5.5 GiB"]);
+    }
+
+    #[test]
+    fn a_program_is_run_and_nothing_is_left() {
+        let dir = std::env::temp_dir().join(format!("buildreactor-check-test-{}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        assert!(run_program_in(&dir).is_ok());
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+        std::fs::remove_dir(&dir).unwrap();
+        assert!(matches!(run_program_in(&dir), Err(Failed::Write(_))));
+    }
+}

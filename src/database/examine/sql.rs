@@ -1,0 +1,87 @@
+//! The statements of [`super::examine`]. They only read and take no row locks. Times are seconds.
+
+/// Which PostgreSQL. Works with any version.
+pub(super) const VERSION: &str = "SELECT current_setting('server_version_num')::integer / 10000 AS major, current_setting('server_version') AS version";
+
+/// How we are connected, and to what. `others`: tables that are not ours.
+pub(super) const CONNECTION: &str = "
+    SELECT current_user::text AS role, current_database()::text AS dbname,
+           pg_is_in_recovery() AS standby, current_setting('transaction_read_only') = 'on' AS read_only,
+           current_setting('server_encoding') AS encoding,
+           (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid() AND s.ssl) AS tls,
+           inet_client_addr() IS NULL AS socket,
+           coalesce(inet_client_addr() = inet_server_addr() OR inet_client_addr() << '127.0.0.0/8', false) AS same_machine,
+           (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE c.relkind IN ('r', 'm') AND n.nspname !~ '^(pg_|information_schema$)'
+              AND (c.relnamespace = (SELECT o.relnamespace FROM pg_class o WHERE o.oid = to_regclass('build_queue'))
+                   AND c.relname ~ '^(build_.*|builds|builders|workers)$') IS NOT TRUE) AS others";
+
+/// The current schema, and others that have tables of ours.
+pub(super) const SCHEMA: &str = "
+    SELECT current_schema()::text AS schema,
+           (SELECT string_agg(quote_ident(n.nspname), ', ') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE c.relname = 'build_queue' AND c.relkind = 'r' AND n.nspname IS DISTINCT FROM current_schema()) AS elsewhere";
+
+/// What the statements of `sql/queries` need; triggers and foreign keys work with their owner's rights.
+pub(super) const PRIVILEGES: &str = "
+    WITH lacking AS (
+        SELECT format('%I.%I', n.nspname, c.relname) AS object, array_to_string(ARRAY(
+            SELECT p FROM unnest(string_to_array(w.wanted, ', ')) AS p WHERE NOT has_table_privilege(c.oid, p)), ', ') AS missing
+        FROM (VALUES ('build_schema_history', 'SELECT'), ('builders', 'SELECT'), ('builds', 'SELECT, UPDATE'),
+                     ('build_queue', 'SELECT, UPDATE, DELETE'), ('build_attempts', 'SELECT, INSERT, UPDATE'),
+                     ('build_log', 'SELECT, INSERT, UPDATE, DELETE'), ('workers', 'SELECT, INSERT, UPDATE')) AS w (name, wanted)
+        JOIN pg_class c ON c.oid = to_regclass(w.name) JOIN pg_namespace n ON n.oid = c.relnamespace
+        UNION ALL
+        SELECT 'FUNCTION ' || f::text, 'EXECUTE'
+        FROM unnest(ARRAY[to_regprocedure('pg_notify(text, text)'), to_regprocedure('build_state_is_final(build_state)'),
+                          to_regprocedure('build_schema_api()'), to_regprocedure('build_schema_requires()')]) AS f
+        WHERE f IS NOT NULL AND NOT has_function_privilege(f, 'EXECUTE')
+    )
+    SELECT current_user::text AS role, object, missing, format('GRANT %s ON %s TO %I;', missing, object, current_user) AS remedy
+    FROM lacking WHERE missing <> ''";
+
+/// The triggers of all tables in the schema of ours.
+pub(super) const TRIGGERS: &str = "
+    SELECT c.relname::text AS relation, t.tgname::text AS name, t.tgenabled::text AS enabled
+    FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+    WHERE c.relnamespace = (SELECT o.relnamespace FROM pg_class o WHERE o.oid = to_regclass('build_queue'))";
+
+/// $1 text: this worker. Who uses its name, by the lock that a living daemon holds (`NAME_LOCK_CLASS`), and the slots of all others.
+pub(super) const WORKERS: &str = "
+    SELECT ARRAY(SELECT slots FROM workers WHERE name <> $1 AND state <> 'stopped') AS slots,
+           (SELECT coalesce('process ' || w.pid || ' on ' || w.host, 'backend ' || l.pid)
+            FROM pg_locks l LEFT JOIN workers w ON w.name = $1
+            WHERE l.locktype = 'advisory' AND l.classid = 4294967294 AND l.objsubid = 2 AND l.granted
+              AND l.objid = (hashtext($1)::bigint & 4294967295)::oid
+              AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) AS holder";
+
+/// Limits on connections, each with how many sessions that are not ours count towards it now.
+pub(super) const CONNECTIONS: &str = "
+    WITH others AS MATERIALIZED (
+        SELECT datname, usename FROM pg_stat_activity
+        WHERE coalesce(backend_type, 'client backend') = 'client backend' AND datname IS NOT NULL
+          AND application_name NOT LIKE 'buildreactor%'
+    )
+    SELECT format('the server has %s for ordinary roles', v.room) AS what, v.room, (SELECT count(*) FROM others) AS used,
+           'raise max_connections' AS remedy
+    FROM (SELECT current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint
+                 - coalesce(current_setting('reserved_connections', true), '0')::bigint AS room) v
+    UNION ALL
+    SELECT format('database `%s` allows %s', datname, datconnlimit), datconnlimit::bigint,
+           (SELECT count(*) FROM others o WHERE o.datname = d.datname), format('ALTER DATABASE %I CONNECTION LIMIT -1', datname)
+    FROM pg_database d WHERE datname = current_database() AND datconnlimit >= 0
+    UNION ALL
+    SELECT format('role `%s` allows %s', rolname, rolconnlimit), rolconnlimit::bigint,
+           (SELECT count(*) FROM others o WHERE o.usename = r.rolname), format('ALTER ROLE %I CONNECTION LIMIT -1', rolname)
+    FROM pg_roles r WHERE rolname = session_user AND rolconnlimit >= 0 AND NOT rolsuper";
+
+/// What may end a session. `source`: where the value comes from.
+pub(super) const TIMEOUTS: &str = "
+    SELECT name, setting::float8 / 1000 AS seconds, source FROM pg_settings
+    WHERE name IN ('idle_in_transaction_session_timeout', 'idle_session_timeout', 'statement_timeout', 'transaction_timeout')
+    ORDER BY name";
+
+/// What may lose a result that was committed.
+pub(super) const NOT_DURABLE: &str = "
+    SELECT name, source FROM pg_settings
+    WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit') AND setting = 'off' ORDER BY name";
