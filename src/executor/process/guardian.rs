@@ -128,24 +128,24 @@ impl<'a> Guardian<'a> {
     }
 
     fn run(mut self) -> Status {
-        loop {
+        let survivors = loop {
             self.wait();
             self.drain();
             self.obey();
-            let alone = self.reap();
+            if self.reap() {
+                // Without a look through /proc: a subreaper without children has no descendants.
+                break 0;
+            }
             self.check_limits();
             self.push();
-            if alone {
-                break;
-            }
             if let Phase::Killing { since, .. } = self.phase
                 && clock().saturating_sub(since) > GIVE_UP
             {
-                break;
+                break u32::try_from(descendants(getpid()).len()).unwrap_or(u32::MAX);
             }
-        }
+        };
         self.drain();
-        self.status()
+        self.status(survivors)
     }
 
     /// Sleeps until output, a signal, or the next limit.
@@ -271,8 +271,7 @@ impl<'a> Guardian<'a> {
         }
     }
 
-    fn status(self) -> Status {
-        let survivors = u32::try_from(descendants(getpid()).len()).unwrap_or(u32::MAX);
+    fn status(self, survivors: u32) -> Status {
         let (log_bytes, log_error) = self.log.end();
         let (exit_code, term_signal) = match self.exit {
             Some(WaitStatus::Exited(_, code)) => (Some(code), None),
