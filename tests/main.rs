@@ -3,6 +3,7 @@
 
 mod claims;
 mod commands_check;
+mod commands_watch;
 mod conninfo_tls;
 mod faults;
 mod logs;

@@ -153,7 +153,8 @@ WITH waiting AS (
                      AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS idle
     FROM builders r
 ), status AS MATERIALIZED (
-    SELECT * FROM builder_status
+    -- Not its count of waiting rows, which would be taken anew for each builder.
+    SELECT builder, status, slots_used, max_running, paused_reason FROM builder_status
 )
 SELECT w.build_id,
        w.builder,

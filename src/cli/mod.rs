@@ -1,8 +1,10 @@
 //! The command line: one file a command.
 
 mod check;
+mod log;
 mod migrate;
 mod run;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +54,10 @@ enum Command {
     Migrate,
     /// Look for whatever would keep a worker from working: folder, database, pooler, privileges, limits; one line each
     Check,
+    /// Show what waits, runs and has finished; or wait for one build: exits with 0 if it passed, else 1
+    Watch(watch::Arguments),
+    /// Print the log of a build; -f follows it until the build ends
+    Log(log::Arguments),
     /// (internal) Own the processes of builds for a daemon
     #[command(hide = true)]
     Keeper {
@@ -96,6 +102,8 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
             Command::Run(arguments) => run::run(arguments, config).await,
             Command::Migrate => migrate::run(&config).await,
             Command::Check => check::run(&config).await,
+            Command::Watch(arguments) => watch::run(arguments, &config).await,
+            Command::Log(arguments) => log::run(arguments, &config).await,
             Command::Keeper { .. } => Ok(ExitCode::SUCCESS),
         }
     });

@@ -11,6 +11,7 @@ pub mod examine;
 
 pub mod migrate;
 pub mod queries;
+pub mod reading;
 
 mod tls;
 pub mod watch;

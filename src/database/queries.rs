@@ -32,6 +32,12 @@ statements! {
     NEXT_DUE = "next_due.sql";
     NOTIFY = "notify.sql";
     PROMOTE_DUE = "promote_due.sql";
+    READ_BUILD = "read_build.sql";
+    READ_LOG = "read_log.sql";
+    READ_QUEUE = "read_queue.sql";
+    READ_RECENT = "read_recent.sql";
+    READ_RUNNING = "read_running.sql";
+    READ_WORKERS = "read_workers.sql";
     RECORD_RESULT = "record_result.sql";
     WORKER_HELLO = "worker_hello.sql";
     WORKER_HOLDER = "worker_holder.sql";
