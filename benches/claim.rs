@@ -9,7 +9,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use buildreactor::database::watch::Snapshot;
 use buildreactor::database::{Claim, ConnInfo, Database, News, SessionLimits, Tried, Watch, migrate};
 use buildreactor::embedded::{Options, Server};
 use buildreactor::model::{AttemptId, BuildId, Builder, Ended, Outcome};
@@ -90,11 +89,11 @@ impl Bench {
             let id = BuildId(self.client.query_one(insert, &[&builder.name]).await.unwrap().get(0));
             let mut claim = self.database.claim().await.unwrap();
             let began = Instant::now();
-            let (snapshot, found, _): (Snapshot, _, _) = self.watch.look_new(&since, &names, 1000).await.unwrap();
-            let tried = claim.take(&builder, &[found[0].build]).await.unwrap();
+            let new = self.watch.look_new(&since, &names, 1000).await.unwrap();
+            let tried = claim.take(&builder, &[new.candidates[0].build]).await.unwrap();
             times.push(began.elapsed());
             assert_eq!(tried, Tried::Claimed { build: id, slot: 1 });
-            since = snapshot;
+            since = new.snapshot;
             self.record(claim, id).await;
         }
         report(what, times.split_off(20))

@@ -8,6 +8,7 @@ mod conninfo_tls;
 mod faults;
 mod logs;
 mod process;
+mod queue;
 mod sql;
 mod structure;
 mod support;

@@ -2,17 +2,19 @@
 --
 -- SECURITY DEFINER: a role that may only INSERT INTO build_queue needs no rights on builds.
 -- SET search_path FROM CURRENT: migrate sets it to the schema of these tables, then pg_temp.
+-- #variable_conflict use_variable, and columns with their table: people may add columns of any name to builds.
 -- The daemon's sessions set buildreactor.session = 'daemon': what it writes is not a wake, because a notifying
 -- COMMIT takes a lock on the whole cluster until it is flushed, and results must not queue up behind each other.
 
 CREATE OR REPLACE FUNCTION build_queue_insert() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 DECLARE
     known text;
-    build builds;
+    wanted bigint[];
 BEGIN
     NEW.queued_xid := pg_current_xact_id();
-    NEW.ready := NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp();
+    wanted := build_needs_known(NEW.needs);
 
     IF NEW.build_id IS NULL THEN
         IF NEW.builder IS NULL THEN
@@ -30,42 +32,181 @@ BEGIN
             RAISE EXCEPTION 'properties must be a JSON object, not %', jsonb_typeof(NEW.properties) USING
                 ERRCODE = 'check_violation', HINT = 'For example ''{"revision": "1a2b3c"}''.';
         END IF;
-        INSERT INTO builds (builder, properties, reason, notify, state, queued_at)
-        VALUES (NEW.builder, coalesce(NEW.properties, '{}'), NEW.reason, coalesce(NEW.notify, '{}'), 'queued', clock_timestamp())
+        INSERT INTO builds (builder, properties, reason, notify, needs, state, queued_at)
+        VALUES (NEW.builder, coalesce(NEW.properties, '{}'), NEW.reason, coalesce(NEW.notify, '{}'), wanted, 'queued', clock_timestamp())
         RETURNING id INTO NEW.build_id;
         NEW.properties := NULL;
         NEW.reason := NULL;
         NEW.notify := NULL;
-        RETURN NEW;
+    ELSE
+        PERFORM build_queue_again(NEW.build_id, NEW.builder, NEW.properties IS NOT NULL OR NEW.reason IS NOT NULL OR NEW.notify IS NOT NULL, wanted);
+        SELECT b.builder, b.needs INTO NEW.builder, wanted FROM builds b WHERE b.id = NEW.build_id;
     END IF;
 
-    SELECT * INTO build FROM builds WHERE id = NEW.build_id FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no build %', NEW.build_id USING
-            ERRCODE = 'foreign_key_violation',
-            HINT = 'Leave build_id out to describe a new build here, or INSERT INTO builds (builder) VALUES (''NAME'') RETURNING id first.';
-    END IF;
-    IF NEW.builder IS DISTINCT FROM build.builder AND NEW.builder IS NOT NULL THEN
-        RAISE EXCEPTION 'build % is of builder "%", not "%"', build.id, build.builder, NEW.builder USING
-            ERRCODE = 'check_violation', HINT = 'Leave builder out when build_id is given.';
-    END IF;
-    IF NEW.properties IS NOT NULL OR NEW.reason IS NOT NULL OR NEW.notify IS NOT NULL THEN
-        RAISE EXCEPTION 'build % has its properties, reason and notify in builds already', build.id USING
-            ERRCODE = 'check_violation', HINT = 'UPDATE builds SET ... WHERE id = ' || build.id || '; then queue it without them.';
-    END IF;
-    NEW.builder := build.builder;
-    -- Queued or running already: the primary key refuses the row, so that ON CONFLICT DO NOTHING works too.
-    IF build.state NOT IN ('queued', 'running') THEN
-        UPDATE builds
-        SET state = 'queued', queued_at = clock_timestamp(), finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL
-        WHERE id = build.id;
+    NEW.needs := build_needs_open(wanted);
+    NEW.ready := NEW.needs = '{}' AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
+    IF NEW.coalesce_key IS NOT NULL THEN
+        -- One INSERT of a key at a time, or two would not see each other's row. Class -3, until the end of the transaction.
+        PERFORM pg_advisory_xact_lock(-3, hashtext(NEW.builder || ' ' || NEW.coalesce_key));
+        PERFORM build_queue_supersede(NEW.builder, NEW.coalesce_key, NEW.build_id);
     END IF;
     RETURN NEW;
 END $$;
 COMMENT ON FUNCTION build_queue_insert() IS 'Trigger: a row without build_id gets its row in builds; one with build_id queues that build (again).';
 
+CREATE OR REPLACE FUNCTION build_queue_again(id bigint, builder text, has_more boolean, wanted bigint[]) RETURNS void
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    build builds;
+BEGIN
+    SELECT * INTO build FROM builds b WHERE b.id = $1 FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no build %', $1 USING
+            ERRCODE = 'foreign_key_violation',
+            HINT = 'Leave build_id out to describe a new build here, or INSERT INTO builds (builder) VALUES (''NAME'') RETURNING id first.';
+    END IF;
+    IF $2 IS DISTINCT FROM build.builder AND $2 IS NOT NULL THEN
+        RAISE EXCEPTION 'build % is of builder "%", not "%"', build.id, build.builder, $2 USING
+            ERRCODE = 'check_violation', HINT = 'Leave builder out when build_id is given.';
+    END IF;
+    IF has_more THEN
+        RAISE EXCEPTION 'build % has its properties, reason and notify in builds already', build.id USING
+            ERRCODE = 'check_violation', HINT = 'UPDATE builds SET ... WHERE id = ' || build.id || '; then queue it without them.';
+    END IF;
+    -- Queued or running already: the primary key refuses the row, so that ON CONFLICT DO NOTHING works too.
+    IF build.state NOT IN ('queued', 'running') THEN
+        IF wanted <> '{}' THEN
+            PERFORM build_needs_acyclic(build.id, wanted);
+        END IF;
+        UPDATE builds b
+        SET state = 'queued', queued_at = clock_timestamp(), finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL,
+            cancel_requested_at = NULL, cancel_reason = NULL, superseded_by = NULL,
+            needs = CASE WHEN wanted <> '{}' THEN wanted ELSE b.needs END
+        WHERE b.id = build.id;
+    END IF;
+END $$;
+COMMENT ON FUNCTION build_queue_again(bigint, text, boolean, bigint[]) IS 'Checks that an existing build can be queued, and marks it so.';
+
+CREATE OR REPLACE FUNCTION build_needs_known(needs bigint[]) RETURNS bigint[]
+    LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    missing bigint;
+BEGIN
+    IF needs IS NULL OR needs = '{}' THEN
+        RETURN '{}';
+    END IF;
+    SELECT n INTO missing FROM unnest(needs) AS n WHERE NOT EXISTS (SELECT FROM builds b WHERE b.id = n) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'needs: there is no build %', coalesce(missing::text, 'null') USING
+            ERRCODE = 'foreign_key_violation', HINT = 'needs lists ids of builds that exist, for example ARRAY[41, 42].';
+    END IF;
+    RETURN ARRAY(SELECT DISTINCT n FROM unnest(needs) AS n ORDER BY n);
+END $$;
+COMMENT ON FUNCTION build_needs_known(bigint[]) IS 'The needs, each once, in order; refuses builds that do not exist.';
+
+CREATE OR REPLACE FUNCTION build_needs_acyclic(id bigint, wanted bigint[]) RETURNS void
+    LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    around text;
+BEGIN
+    WITH RECURSIVE path AS (
+        SELECT n AS at, ARRAY[id, n] AS way FROM unnest(wanted) AS n
+        UNION ALL
+        SELECT m, p.way || m FROM path p JOIN builds b ON b.id = p.at CROSS JOIN unnest(b.needs) AS m
+        WHERE p.at <> id AND NOT m = ANY (p.way[2:])
+    )
+    SELECT array_to_string(p.way, ' needs ') INTO around FROM path p WHERE p.at = id LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'needs go round in a circle: %', around USING ERRCODE = 'check_violation';
+    END IF;
+END $$;
+COMMENT ON FUNCTION build_needs_acyclic(bigint, bigint[]) IS 'Refuses needs that lead back to the build itself.';
+
+CREATE OR REPLACE FUNCTION build_needs_open(needs bigint[]) RETURNS bigint[]
+    LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    IF needs = '{}' THEN
+        RETURN '{}';
+    END IF;
+    -- A superseded build is stood for by the one that took its place.
+    RETURN ARRAY(
+        WITH RECURSIVE stands AS (
+            SELECT b.id, b.state, b.superseded_by FROM builds b WHERE b.id = ANY ($1)
+            UNION
+            SELECT b.id, b.state, b.superseded_by FROM stands s JOIN builds b ON b.id = s.superseded_by
+        )
+        SELECT s.id FROM stands s WHERE s.state NOT IN ('passed', 'superseded') ORDER BY s.id);
+END $$;
+COMMENT ON FUNCTION build_needs_open(bigint[]) IS 'Those of the needs that have not passed.';
+
+CREATE OR REPLACE FUNCTION build_needs_settle(waiting bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    row build_queue;
+    open_needs bigint[];
+    broken builds;
+BEGIN
+    -- Two needs that end at the same instant: the second waits here for the first, and then sees its result.
+    SELECT * INTO row FROM build_queue q WHERE q.build_id = waiting AND q.needs <> '{}' FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    open_needs := build_needs_open(row.needs);
+    SELECT b.* INTO broken FROM builds b WHERE b.id = ANY (open_needs) AND build_state_is_final(b.state) ORDER BY b.id LIMIT 1;
+    IF FOUND THEN
+        UPDATE builds b
+        SET state = 'skipped', finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
+            detail = format('needs build %s, which ended %s', broken.id, broken.state)
+        WHERE b.id = waiting AND b.state = 'queued';
+        DELETE FROM build_queue q WHERE q.build_id = waiting;
+    ELSIF open_needs <> row.needs THEN
+        UPDATE build_queue q SET needs = open_needs WHERE q.build_id = waiting;
+    END IF;
+END $$;
+COMMENT ON FUNCTION build_needs_settle(bigint) IS 'Looks at the needs of a waiting build: releases it when all have passed, skips it when one has ended otherwise.';
+
+CREATE OR REPLACE FUNCTION build_ended() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    -- In the order of ids: transactions that end needs of the same builds lock them in the same order.
+    PERFORM build_needs_settle(q.build_id)
+    FROM (SELECT w.build_id FROM build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id] ORDER BY w.build_id) q;
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION build_ended() IS 'Trigger: a build that reaches a final state releases or skips those that need it, in the same transaction.';
+
+CREATE OR REPLACE FUNCTION build_queue_supersede(builder text, coalesce_key text, newest bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    older bigint;
+BEGIN
+    -- SKIP LOCKED: a row that is claimed runs, and is never touched.
+    FOR older IN
+        SELECT q.build_id FROM build_queue q
+        WHERE q.builder = $1 AND q.coalesce_key = $2 AND q.build_id <> $3
+        ORDER BY q.build_id FOR UPDATE SKIP LOCKED
+    LOOP
+        UPDATE builds b
+        SET state = 'superseded', superseded_by = newest, finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
+            detail = format('superseded by build %s', newest)
+        WHERE b.id = older AND b.state = 'queued';
+        IF FOUND THEN
+            DELETE FROM build_queue q WHERE q.build_id = older;
+        END IF;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION build_queue_supersede(text, text, bigint) IS 'Ends the other waiting builds of the builder and key.';
+
 CREATE OR REPLACE FUNCTION build_queue_update() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     IF NEW.build_id <> OLD.build_id OR NEW.builder <> OLD.builder THEN
         RAISE EXCEPTION 'the builder of queued build % cannot be changed', OLD.build_id USING
@@ -80,14 +221,63 @@ BEGIN
         NEW.reason := NULL;
         NEW.notify := NULL;
     END IF;
+    IF NEW.needs <> OLD.needs AND NOT NEW.needs <@ OLD.needs THEN
+        NEW.needs := build_needs_known(NEW.needs);
+        PERFORM build_needs_acyclic(NEW.build_id, NEW.needs);
+        UPDATE builds SET needs = NEW.needs WHERE id = NEW.build_id;
+        NEW.needs := build_needs_open(NEW.needs);
+    END IF;
     NEW.queued_xid := pg_current_xact_id();
-    NEW.ready := NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp();
+    NEW.ready := NEW.needs = '{}' AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
     RETURN NEW;
 END $$;
 COMMENT ON FUNCTION build_queue_update() IS 'Trigger: keeps ready and queued_xid; passes properties, reason and notify on to builds.';
 
+CREATE OR REPLACE FUNCTION build_queue_ask() RETURNS trigger
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    -- A running build's row is locked for hours, and no trigger of the row's comes before that wait. So whoever may be going to
+    -- wait says so with a lock (class -4); the worker that holds the row sees it waiting, steps aside for a moment, and
+    -- build_queue_refuse gives it an answer. Should no worker do so, the wait ends all the same.
+    PERFORM pg_advisory_xact_lock_shared(-4, 0);
+    IF current_setting('buildreactor.lock_timeout', true) IS NULL OR current_setting('buildreactor.lock_timeout', true) = '' THEN
+        PERFORM set_config('buildreactor.lock_timeout', current_setting('lock_timeout'), true);
+    END IF;
+    PERFORM set_config('lock_timeout', '2500ms', true);
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION build_queue_ask() IS 'Trigger: before an UPDATE or DELETE by a person; limits its wait for a running build''s row.';
+
+CREATE OR REPLACE FUNCTION build_queue_asked() RETURNS trigger
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    PERFORM set_config('lock_timeout', current_setting('buildreactor.lock_timeout'), true);
+    PERFORM set_config('buildreactor.lock_timeout', '', true);
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION build_queue_asked() IS 'Trigger: after an UPDATE or DELETE by a person; puts lock_timeout back.';
+
+CREATE OR REPLACE FUNCTION build_queue_refuse() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    IF EXISTS (SELECT FROM builds b WHERE b.id = OLD.build_id AND b.state = 'running') THEN
+        RAISE EXCEPTION 'build % is running', OLD.build_id USING
+            ERRCODE = 'object_in_use',
+            HINT = format('SELECT cancel_build(%s, ''reason''); stops it. Priority, time and needs have no meaning for a build that runs.', OLD.build_id);
+    END IF;
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION build_queue_refuse() IS 'Trigger: a running build''s row is its worker''s; names the function to use instead.';
+
 CREATE OR REPLACE FUNCTION build_queue_delete() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     UPDATE builds
     SET state = 'cancelled', finished_at = clock_timestamp(), detail = format('deleted from build_queue by %s', session_user)
@@ -98,6 +288,7 @@ COMMENT ON FUNCTION build_queue_delete() IS 'Trigger: deleting a waiting row can
 
 CREATE OR REPLACE FUNCTION build_queue_truncate() RETURNS trigger
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     RAISE EXCEPTION 'TRUNCATE would leave builds queued without a row' USING
         ERRCODE = 'object_not_in_prerequisite_state', HINT = 'DELETE FROM build_queue; cancels what waits.';
@@ -106,6 +297,7 @@ COMMENT ON FUNCTION build_queue_truncate() IS 'Trigger: refuses TRUNCATE of buil
 
 CREATE OR REPLACE FUNCTION build_queue_wake() RETURNS trigger
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     PERFORM pg_notify('build_queue', '');
     RETURN NULL;
@@ -114,6 +306,7 @@ COMMENT ON FUNCTION build_queue_wake() IS 'Trigger: NOTIFY build_queue, once a s
 
 CREATE OR REPLACE FUNCTION builders_changed() RETURNS trigger
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     PERFORM pg_notify('build_control', 'builders');
     RETURN NULL;
@@ -122,6 +315,7 @@ COMMENT ON FUNCTION builders_changed() IS 'Trigger: NOTIFY build_control, so tha
 
 CREATE OR REPLACE FUNCTION builds_insert() RETURNS trigger
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     -- The queue's own trigger inserts queued builds; it stands one level above this one.
     IF NEW.state IN ('queued', 'running') AND pg_trigger_depth() < 2 THEN
@@ -140,6 +334,7 @@ COMMENT ON FUNCTION builds_insert() IS 'Trigger: a build is inserted as describe
 
 CREATE OR REPLACE FUNCTION builds_delete() RETURNS trigger
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
 BEGIN
     -- Checked here, before the foreign key would wait for the running build's claim.
     IF OLD.state IN ('queued', 'running') THEN
@@ -152,11 +347,19 @@ COMMENT ON FUNCTION builds_delete() IS 'Trigger: refuses to delete a build that 
 
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON build_queue FOR EACH ROW EXECUTE FUNCTION build_queue_insert();
 CREATE OR REPLACE TRIGGER a_update BEFORE UPDATE ON build_queue FOR EACH ROW EXECUTE FUNCTION build_queue_update();
+CREATE OR REPLACE TRIGGER a_ask BEFORE UPDATE OR DELETE ON build_queue FOR EACH STATEMENT
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_ask();
+CREATE OR REPLACE TRIGGER a_asked AFTER UPDATE OR DELETE ON build_queue FOR EACH STATEMENT
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_asked();
+CREATE OR REPLACE TRIGGER a_refuse BEFORE UPDATE OR DELETE ON build_queue FOR EACH ROW
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_refuse();
 CREATE OR REPLACE TRIGGER a_delete AFTER DELETE ON build_queue FOR EACH ROW
     WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_delete();
 CREATE OR REPLACE TRIGGER a_truncate BEFORE TRUNCATE ON build_queue FOR EACH STATEMENT EXECUTE FUNCTION build_queue_truncate();
 CREATE OR REPLACE TRIGGER build_queue_wake AFTER INSERT OR UPDATE ON build_queue FOR EACH STATEMENT
     WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_wake();
 CREATE OR REPLACE TRIGGER builders_changed AFTER INSERT OR UPDATE OR DELETE ON builders FOR EACH STATEMENT EXECUTE FUNCTION builders_changed();
+CREATE OR REPLACE TRIGGER ended AFTER UPDATE OF state ON builds FOR EACH ROW
+    WHEN (build_state_is_final(NEW.state) AND NOT build_state_is_final(OLD.state)) EXECUTE FUNCTION build_ended();
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON builds FOR EACH ROW EXECUTE FUNCTION builds_insert();
 CREATE OR REPLACE TRIGGER a_delete BEFORE DELETE ON builds FOR EACH ROW EXECUTE FUNCTION builds_delete();

@@ -109,7 +109,8 @@ SELECT w.name AS worker,
        w.version,
        w.started_at,
        date_trunc('seconds', clock_timestamp() - w.seen_at) AS seen_ago,
-       w.detail
+       w.detail,
+       w.accepting
 FROM workers w
 LEFT JOIN alive a ON a.objid = (hashtext(w.name)::bigint & 4294967295)::oid
 ORDER BY w.name;
@@ -126,10 +127,11 @@ COMMENT ON COLUMN worker_status.version IS 'Version of its daemon.';
 COMMENT ON COLUMN worker_status.started_at IS 'When its daemon started.';
 COMMENT ON COLUMN worker_status.seen_ago IS 'How long ago it last looked at the queue.';
 COMMENT ON COLUMN worker_status.detail IS 'One line for a person.';
+COMMENT ON COLUMN worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
 
 CREATE OR REPLACE VIEW queue_status AS
 WITH waiting AS (
-    SELECT q.build_id, q.builder, q.priority, q.run_after, q.ready, b.queued_at, b.attempt, b.detail,
+    SELECT q.build_id, q.builder, q.priority, q.run_after, q.ready, q.needs, b.queued_at, b.attempt, b.detail, b.cancel_requested_at,
            row_number() OVER (PARTITION BY q.builder ORDER BY q.ready DESC, q.priority DESC, q.build_id) AS position
     FROM build_queue q JOIN builds b ON b.id = q.build_id
     WHERE b.state <> 'running'
@@ -149,7 +151,13 @@ WITH waiting AS (
                    WHERE w.status = 'active' AND r.labels <@ w.labels
                      AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS fitting,
            EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
-                   WHERE w.status = 'active' AND r.labels <@ w.labels AND w.running < w.slots
+                   WHERE w.status = 'active' AND r.labels <@ w.labels AND w.accepting
+                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS accepting,
+           (SELECT min('worker ' || w.worker || ' is ' || w.detail) FROM worker_status w, unnest(w.builders) AS pattern
+                   WHERE w.status = 'active' AND r.labels <@ w.labels AND NOT w.accepting
+                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS refusal,
+           EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
+                   WHERE w.status = 'active' AND r.labels <@ w.labels AND w.accepting AND w.running < w.slots
                      AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS idle
     FROM builders r
 ), status AS MATERIALIZED (
@@ -162,15 +170,21 @@ SELECT w.build_id,
        w.position,
        date_trunc('milliseconds', clock_timestamp() - w.queued_at) AS waiting,
        w.run_after,
-       CASE WHEN NOT s.status = 'paused' AND o.fitting THEN
+       CASE WHEN NOT s.status = 'paused' AND o.accepting AND w.needs = '{}' THEN
            greatest(w.run_after, clock_timestamp()
                + coalesce(u.usual_time, '0') * ((w.position - 1 + s.slots_used) / s.max_running)::integer)
        END AS expected_start,
        CASE WHEN s.status = 'paused' THEN 'builder ' || w.builder || ' is paused' || coalesce(': ' || s.paused_reason, '')
-            WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL THEN w.detail
+            WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled'
+            WHEN w.needs <> '{}' THEN 'needs ' || (
+                SELECT string_agg(format('#%s (%s)', n.id, CASE n.state WHEN 'described' THEN 'described, not queued' ELSE n.state::text END), ', ' ORDER BY n.id)
+                FROM builds n WHERE n.id = ANY (w.needs))
+            WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL
+                THEN w.detail || '; next try at ' || to_char(w.run_after, 'HH24:MI:SS TZ')
             WHEN NOT w.ready THEN 'scheduled for ' || to_char(w.run_after, 'YYYY-MM-DD HH24:MI:SS TZ')
             WHEN NOT o.any_worker THEN 'no worker is running: start one with buildreactor run'
             WHEN NOT o.fitting THEN 'no worker with its labels (' || array_to_string(r.labels, ', ') || ') and builder name'
+            WHEN NOT o.accepting THEN o.refusal
             WHEN s.slots_used >= s.max_running THEN 'builder ' || w.builder || ' is busy (' || s.slots_used || ' of ' || s.max_running || ')'
             WHEN NOT o.idle THEN 'all fitting workers are busy'
             WHEN w.position > 1 THEN 'its turn comes'

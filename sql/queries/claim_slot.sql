@@ -1,5 +1,6 @@
--- Takes one free slot of a builder, for the length of the claim's transaction.
+-- Takes one free slot of a builder, for the length of the claim's transaction, and leaves word of it for claim_row.sql.
 -- $1 integer  builders.number
 -- $2 integer  builders.max_running
 -- Locks: one advisory transaction lock ($1, slot). The cap holds over all workers because the slots are locks, not counters.
-SELECT slot FROM generate_series(1, $2) AS slot WHERE pg_try_advisory_xact_lock($1, slot) LIMIT 1
+SELECT slot, set_config('buildreactor.slot', slot::text, true)
+FROM (SELECT slot FROM generate_series(1, $2) AS slot WHERE pg_try_advisory_xact_lock($1, slot) LIMIT 1) s

@@ -3,6 +3,6 @@
 -- Locks: those rows, for the length of this statement; rows that another worker promotes are skipped.
 UPDATE build_queue SET ready = true
 WHERE build_id IN (
-    SELECT build_id FROM build_queue WHERE NOT ready AND run_after <= clock_timestamp()
+    SELECT build_id FROM build_queue WHERE NOT ready AND needs = '{}' AND run_after <= clock_timestamp()
     ORDER BY run_after LIMIT $1 FOR UPDATE SKIP LOCKED
 )

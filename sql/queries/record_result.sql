@@ -14,15 +14,17 @@ WITH ended AS MATERIALIZED (
     WHERE b.id = $1::bigint
 ), verdict AS MATERIALIZED (
     SELECT CASE
+               -- Whatever would be tried again ends here when somebody has cancelled it meanwhile.
+               WHEN b.cancel_requested_at IS NOT NULL AND e.state NOT IN ('passed', 'failed', 'timed_out') THEN 'cancelled'
                WHEN NOT e.charged THEN 'queued'
                WHEN e.state IN ('error', 'lost') THEN CASE WHEN t.broken + 1 < r.max_attempts THEN 'queued' ELSE 'error' END
-               WHEN e.state IN ('failed', 'timed_out') AND t.failed < r.retry_failed THEN 'queued'
+               WHEN e.state IN ('failed', 'timed_out') AND t.failed < r.retry_failed AND b.cancel_requested_at IS NULL THEN 'queued'
                ELSE e.state
            END::build_state AS state,
            -- What we broke is tried again after 1, 2, 4, ... seconds, at most 5 minutes; a flaky build at once.
            CASE WHEN e.charged AND e.state IN ('error', 'lost') THEN least(power(2, t.broken), 300) ELSE 0 END AS delay_seconds,
            CASE
-               WHEN NOT e.charged THEN e.detail
+               WHEN NOT e.charged OR e.state = 'cancelled' THEN e.detail
                WHEN e.state = 'lost' THEN concat_ws(': ', format('attempt %s of %s lost', t.broken + 1, r.max_attempts), e.detail)
                WHEN e.state = 'error' THEN concat_ws(': ', format('attempt %s of %s broke', t.broken + 1, r.max_attempts), e.detail)
                WHEN e.state IN ('failed', 'timed_out') AND r.retry_failed > 0

@@ -94,6 +94,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
             lease: config.lease.lease,
             grace: config.lease.grace,
             database_limit: config.log.database_limit,
+            min_free_disk: config.worker.min_free_disk,
         },
         executors,
         folders,

@@ -72,10 +72,11 @@ impl Claim {
         // CREATE INDEX CONCURRENTLY in the database wait for this build.
         let slot_of: [&(dyn ToSql + Sync); 2] = [&builder.number, &builder.max_running];
         let row_of: [&(dyn ToSql + Sync); 1] = [&ids];
-        let (begun, slot, row, closed) = answered(STEP, async {
+        let (begun, slot, saved, row, closed) = answered(STEP, async {
             Ok(tokio::join!(
                 session.batch_execute("BEGIN"),
                 session.query_opt(&slot_sql, &slot_of),
+                session.batch_execute("SAVEPOINT row"),
                 session.query_opt(&row_sql, &row_of),
                 session.batch_execute("SELECT 1"),
             ))
@@ -83,6 +84,7 @@ impl Claim {
         .await?;
         let failed = |source| DatabaseError::Statement { step: STEP, source };
         begun.map_err(failed)?;
+        saved.map_err(failed)?;
         let slot = slot.map_err(failed)?;
         let row = row.map_err(failed)?;
         closed.map_err(failed)?;
@@ -108,7 +110,7 @@ impl Claim {
     pub async fn take_again(&mut self, id: AttemptId, slot: Option<(i32, i32)>) -> Result<bool> {
         const STEP: &str = "lock the row of a build again";
         let session = self.session()?;
-        answered(STEP, session.batch_execute("BEGIN")).await?;
+        answered(STEP, session.batch_execute("BEGIN; SAVEPOINT row")).await?;
         let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&id.build.0])).await?;
         let mut held = row.is_some();
         if let (true, Some((number, slot))) = (held, slot) {
@@ -138,6 +140,30 @@ impl Claim {
             Ok(Err(source)) => Err(DatabaseError::Statement { step: STEP, source }),
             Err(_) => Err(DatabaseError::NoAnswer { step: STEP, after: deadline }),
         }
+    }
+
+    /// Lets go of the row for a moment, keeping transaction and slot, so that a person's UPDATE or DELETE that waits for it gets
+    /// its answer, and locks it again. False: somebody else holds it now; then only the slot is held.
+    ///
+    /// Nobody else takes the build meanwhile: it says `running`, and others leave such a row alone for `grace`.
+    ///
+    /// # Errors
+    /// The connection is gone, and the claim with it.
+    pub async fn step_aside(&self, build: BuildId) -> Result<bool> {
+        const STEP: &str = "step aside from a queue row";
+        const TRIES: u32 = 100;
+        let session = self.session()?;
+        for _ in 0..TRIES {
+            answered(STEP, session.batch_execute("ROLLBACK TO SAVEPOINT row")).await?;
+            // The other needs a moment to see that the row is free, and to fail.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&build.0])).await?;
+            answered(STEP, session.batch_execute("SELECT 1")).await?;
+            if row.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Gives up what is held and keeps the session for the next claim.

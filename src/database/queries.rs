@@ -26,7 +26,9 @@ statements! {
     LOG_DELETE = "log_delete.sql";
     LOG_INSERT = "log_insert.sql";
     LOOK_ALL = "look_all.sql";
+    LOOK_ASKERS = "look_askers.sql";
     LOOK_BUILDERS = "look_builders.sql";
+    LOOK_CANCELS = "look_cancels.sql";
     LOOK_NEW = "look_new.sql";
     LOOK_UNLOCKED = "look_unlocked.sql";
     NEXT_DUE = "next_due.sql";
@@ -39,6 +41,7 @@ statements! {
     READ_RUNNING = "read_running.sql";
     READ_WORKERS = "read_workers.sql";
     RECORD_RESULT = "record_result.sql";
+    SETTLE = "settle.sql";
     WORKER_HELLO = "worker_hello.sql";
     WORKER_HOLDER = "worker_holder.sql";
 }
@@ -58,6 +61,15 @@ pub struct Hello {
     pub labels: Vec<String>,
     /// Patterns of builder names.
     pub builders: Vec<String>,
+}
+
+/// What a worker hears when it reports in.
+#[derive(Clone, Copy, Debug)]
+pub struct Heard {
+    /// Other workers that are not stopped.
+    pub others: i64,
+    /// `drain_worker` was called.
+    pub drain: bool,
 }
 
 /// A piece of a log to write, in the order given.
@@ -156,11 +168,11 @@ impl Database {
         answered(STEP, transaction.commit()).await
     }
 
-    /// Reports in; comes back with how many other workers are not stopped.
+    /// Reports in. `not_accepting`: why it claims nothing.
     ///
     /// # Errors
     /// Not reported; the next look tries again.
-    pub async fn hello(&self, hello: &Hello, state: &str, detail: Option<&str>, started: bool) -> Result<i64> {
+    pub async fn hello(&self, hello: &Hello, state: &str, not_accepting: Option<&str>, started: bool) -> Result<Heard> {
         const STEP: &str = "report this worker";
         let session = self.work().await?;
         let row = answered(
@@ -176,13 +188,26 @@ impl Database {
                     &hello.labels,
                     &hello.builders,
                     &state,
-                    &detail,
+                    &not_accepting,
                     &started,
+                    &not_accepting.is_none(),
                 ],
             ),
         )
         .await?;
-        Ok(row.get("others"))
+        Ok(Heard { others: row.get("others"), drain: row.get::<_, Option<bool>>("drain").unwrap_or(false) })
+    }
+
+    /// Settles waiting builds that their needs, a cancel or a newer build have passed by; comes back with how many.
+    ///
+    /// # Errors
+    /// Nothing was settled; the next call tries again.
+    pub async fn settle(&self) -> Result<i64> {
+        const STEP: &str = "settle waiting builds";
+        const MOST: i32 = 1000;
+        let session = self.work().await?;
+        let rows = answered(STEP, session.query(SETTLE, &[&MOST])).await?;
+        Ok(rows.iter().map(|row| row.get::<_, i64>(0)).sum())
     }
 
     /// Sends events, and with `wake` a wake to all workers. `synchronous_commit` is off: a notifying COMMIT holds a lock on

@@ -20,7 +20,7 @@ pub const NAME_LOCK_CLASS: i32 = -2;
 #[derive(Default)]
 pub struct News {
     bell: Notify,
-    builders: std::sync::atomic::AtomicBool,
+    control: std::sync::atomic::AtomicBool,
 }
 
 impl News {
@@ -37,9 +37,9 @@ impl News {
         self.bell.notify_one();
     }
 
-    /// Whether builders have changed since the last call.
-    pub fn take_builders(&self) -> bool {
-        self.builders.swap(false, std::sync::atomic::Ordering::AcqRel)
+    /// Whether something came over `build_control` since the last call: builders changed, a cancel, a drain.
+    pub fn take_control(&self) -> bool {
+        self.control.swap(false, std::sync::atomic::Ordering::AcqRel)
     }
 }
 
@@ -60,12 +60,28 @@ impl Snapshot {
     }
 }
 
+/// What a look for new rows found.
+pub struct NewRows {
+    /// For the next look.
+    pub snapshot: Snapshot,
+    /// How many rows came; as many as asked for means that there may be more.
+    pub count: usize,
+    /// Those that can be claimed.
+    pub candidates: Vec<Candidate>,
+    /// When the first of those that wait for `run_after` is due.
+    pub due: Option<Duration>,
+    /// Some wait for other builds.
+    pub needy: bool,
+}
+
 /// Statements of the looks, parsed once a connection.
 struct Prepared {
     builders: Statement,
     all: Statement,
     new: Statement,
     unlocked: Statement,
+    cancels: Statement,
+    askers: Statement,
     promote: Statement,
     next_due: Statement,
 }
@@ -99,7 +115,7 @@ impl Watch {
                 match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
                     Some(Ok(AsyncMessage::Notification(note))) => {
                         if note.channel() == "build_control" {
-                            news.builders.store(true, std::sync::atomic::Ordering::Release);
+                            news.control.store(true, std::sync::atomic::Ordering::Release);
                         }
                         news.ring();
                     }
@@ -121,6 +137,8 @@ impl Watch {
                 all: client.prepare(queries::LOOK_ALL).await?,
                 new: client.prepare(queries::LOOK_NEW).await?,
                 unlocked: client.prepare(queries::LOOK_UNLOCKED).await?,
+                cancels: client.prepare(queries::LOOK_CANCELS).await?,
+                askers: client.prepare(queries::LOOK_ASKERS).await?,
                 promote: client.prepare(queries::PROMOTE_DUE).await?,
                 next_due: client.prepare(queries::NEXT_DUE).await?,
             })
@@ -171,25 +189,54 @@ impl Watch {
         candidates(STEP, &rows)
     }
 
-    /// Candidates that became visible since `since`, at most `limit`, and when the first of the scheduled ones among the new
-    /// rows is due.
+    /// What became visible since `since`, at most `limit` rows.
     ///
     /// # Errors
     /// The connection should be given up.
-    pub async fn look_new(
-        &self,
-        since: &Snapshot,
-        builders: &[String],
-        limit: i32,
-    ) -> Result<(Snapshot, Vec<Candidate>, Option<Duration>)> {
+    pub async fn look_new(&self, since: &Snapshot, builders: &[String], limit: i32) -> Result<NewRows> {
         const STEP: &str = "look for new builds";
         let rows =
             answered(STEP, self.client.query(&self.prepared.new, &[&since.xmax, &since.under_way, &builders, &limit]))
                 .await?;
-        let due = rows.iter().filter_map(|row| row.get::<_, Option<f64>>("due_seconds")).min_by(f64::total_cmp);
-        let ready: Vec<_> = rows.iter().filter(|row| row.get::<_, Option<f64>>("due_seconds").is_none()).collect();
         let (snapshot, _) = candidates(STEP, &rows)?;
-        Ok((snapshot, ready.into_iter().filter_map(candidate).collect(), due.map(seconds)))
+        let says = |row: &&tokio_postgres::Row, column: &str| row.get::<_, Option<bool>>(column).unwrap_or(false);
+        Ok(NewRows {
+            snapshot,
+            count: rows.len(),
+            candidates: rows.iter().filter(|row| says(row, "ready")).filter_map(candidate).collect(),
+            due: rows
+                .iter()
+                .filter_map(|row| row.get::<_, Option<f64>>("due_seconds"))
+                .min_by(f64::total_cmp)
+                .map(seconds),
+            needy: rows.iter().any(|row| says(&row, "needy")),
+        })
+    }
+
+    /// Attempts of `worker` whose queue row a person's UPDATE or DELETE waits for.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn askers(&self, worker: &str) -> Result<Vec<AttemptId>> {
+        let rows = answered("look who waits for a row", self.client.query(&self.prepared.askers, &[&worker])).await?;
+        Ok(rows
+            .iter()
+            .map(|row| AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") })
+            .collect())
+    }
+
+    /// Attempts of `worker` that somebody wants to end, and why.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn cancels(&self, worker: &str) -> Result<Vec<(AttemptId, String)>> {
+        let rows = answered("look for cancelled builds", self.client.query(&self.prepared.cancels, &[&worker])).await?;
+        Ok(rows
+            .iter()
+            .map(|row| {
+                (AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") }, row.get("reason"))
+            })
+            .collect())
     }
 
     /// Running builds whose row nobody holds.

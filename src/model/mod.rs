@@ -117,6 +117,8 @@ pub enum Outcome {
     Error,
     /// Its worker disappeared.
     Lost,
+    /// Somebody cancelled it.
+    Cancelled,
     /// It was stopped because its worker stops; not charged against `max_attempts`.
     GivenBack,
 }
@@ -130,7 +132,7 @@ impl Outcome {
             Outcome::TimedOut => "timed_out",
             Outcome::Error => "error",
             Outcome::Lost => "lost",
-            Outcome::GivenBack => "cancelled",
+            Outcome::Cancelled | Outcome::GivenBack => "cancelled",
         }
     }
 
@@ -138,7 +140,7 @@ impl Outcome {
     pub fn is_infrastructure(self) -> bool {
         match self {
             Outcome::Error | Outcome::Lost => true,
-            Outcome::Passed | Outcome::Failed | Outcome::TimedOut | Outcome::GivenBack => false,
+            Outcome::Passed | Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled | Outcome::GivenBack => false,
         }
     }
 }

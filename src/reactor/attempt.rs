@@ -1,7 +1,9 @@
 //! One attempt, from the claim to the COMMIT of its result. The claim's transaction stays open all the while (invariant 2).
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
@@ -24,9 +26,36 @@ pub enum Progress {
         builder: String,
         /// The attempt.
         id: AttemptId,
-        /// Cancel it to stop the build.
-        stop: CancellationToken,
+        /// To stop the build.
+        stop: Stop,
     },
+}
+
+/// Stops an attempt, and says why.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    token: CancellationToken,
+    cancelled: Arc<OnceLock<String>>,
+    asked: Arc<Notify>,
+}
+
+impl Stop {
+    /// Because somebody cancelled the build.
+    pub fn cancel_build(&self, reason: String) {
+        // The first reason stands.
+        let _earlier = self.cancelled.set(reason);
+        self.token.cancel();
+    }
+
+    /// Not to stop: a person's statement waits for the row.
+    pub fn step_aside(&self) {
+        self.asked.notify_one();
+    }
+
+    /// Because the worker stops.
+    pub fn give_back(&self) {
+        self.token.cancel();
+    }
 }
 
 /// How an attempt, or the try to start one, ended.
@@ -86,7 +115,7 @@ pub async fn attempt(
         Err(error) => return Done::Failed(error),
     };
     job.dir = shared.folders.attempt(job.id);
-    let stop = CancellationToken::new();
+    let stop = Stop::default();
     // The reactor outlives its attempts.
     let _told = progress.send(Progress::Started { builder: builder.name.clone(), id: job.id, stop: stop.clone() });
     shared.herald.event(job.id, &job.builder, &job.worker, "running", "started");
@@ -101,7 +130,7 @@ struct Attempt<'a> {
     job: Job,
     claim: Option<Claim>,
     pulse: Pulse,
-    stop: CancellationToken,
+    stop: Stop,
 }
 
 /// A wait that doubles, up to 15 s.
@@ -139,7 +168,10 @@ impl Attempt<'_> {
         if let Err(error) = shipper.await {
             tracing::error!(build.id = %id.build, "the log of build {id} was not written to its end: {error}");
         }
-        if ended.outcome == Outcome::Lost && self.shared.giving_back.is_cancelled() {
+        if let (Outcome::Lost, Some(reason)) = (ended.outcome, self.stop.cancelled.get()) {
+            let detail = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
+            ended = Ended { outcome: Outcome::Cancelled, detail: Some(detail), ..ended };
+        } else if ended.outcome == Outcome::Lost && self.shared.giving_back.is_cancelled() {
             let detail = format!("given back: worker `{}` stopped", self.job.worker);
             ended = Ended { outcome: Outcome::GivenBack, exit: None, detail: Some(detail), ..ended };
         }
@@ -158,7 +190,7 @@ impl Attempt<'_> {
     /// again until the lease is over. Then the build is stopped, before anybody else may start it.
     async fn execute(&mut self) -> Ended {
         // Borrowed apart, so that the run can go on while the claim is tended.
-        let (job, stop) = (self.job.clone(), self.stop.clone());
+        let (job, stop) = (self.job.clone(), self.stop.token.clone());
         let Some(executor) = self.shared.executors.get(&job.executor) else {
             return Ended::without_process(
                 Outcome::Error,
@@ -169,6 +201,7 @@ impl Attempt<'_> {
         let ping = self.shared.settings.ping;
         let mut tick = interval_at(Instant::now() + ping, ping);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let asked = Arc::clone(&self.stop.asked);
         let mut given_up = None;
         loop {
             let retake = self.claim.is_none() && given_up.is_none();
@@ -178,14 +211,24 @@ impl Attempt<'_> {
                     None => ended,
                 },
                 _ = tick.tick() => {}
+                () = asked.notified() => self.step_aside().await,
                 () = tokio::time::sleep(RETAKE), if retake => {}
             }
             if given_up.is_none() {
                 given_up = self.tend_claim().await;
                 if given_up.is_some() {
-                    self.stop.cancel();
+                    self.stop.token.cancel();
                 }
             }
+        }
+    }
+
+    async fn step_aside(&mut self) {
+        let Some(claim) = &self.claim else { return };
+        match claim.step_aside(self.job.id.build).await {
+            Ok(true) => {}
+            // As when the connection is lost: the row is taken again within the lease.
+            Ok(false) | Err(_) => self.claim = None,
         }
     }
 

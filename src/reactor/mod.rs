@@ -3,24 +3,27 @@
 
 pub mod attempt;
 pub mod candidates;
+mod eligible;
 pub mod herald;
 mod lost;
+mod outage;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use backon::BackoffBuilder;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::attempt::{Done, Progress, attempt};
+use self::attempt::{Done, Progress, Stop, attempt};
 use self::candidates::{Candidates, EACH};
+use self::eligible::{matches, short_of_disk};
 use self::herald::Herald;
 use self::lost::Lost;
+pub use self::outage::{Outage, backoff};
 use crate::database::queries::Hello;
 use crate::database::watch::Snapshot;
 use crate::database::{Database, DatabaseError, News, Watch};
@@ -39,6 +42,8 @@ const PROMOTE: i64 = 1000;
 const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
 /// After the database refused a claim.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
+const ASKERS: Duration = Duration::from_millis(700);
 
 /// What the reactor does by the clock.
 #[derive(Clone, Debug)]
@@ -57,6 +62,8 @@ pub struct Settings {
     pub grace: Duration,
     /// Bytes of each log kept in the database.
     pub database_limit: u64,
+    /// With less than these bytes free in the worker's folder nothing is claimed.
+    pub min_free_disk: u64,
 }
 
 /// What all attempts share.
@@ -113,6 +120,17 @@ pub struct Reactor {
     said_hello: bool,
     outage: Outage,
     failed: bool,
+    /// Why nothing is claimed, for `workers.detail`.
+    not_accepting: Option<String>,
+    settling: Settling,
+}
+
+/// Whether a task settles waiting builds, and whether there was another reason to since it began.
+#[derive(PartialEq, Eq)]
+enum Settling {
+    No,
+    Yes,
+    YesAndAgain,
 }
 
 /// Why a reactor left.
@@ -126,13 +144,14 @@ pub enum Left {
 
 struct Active {
     builder: String,
-    stop: CancellationToken,
+    stop: Stop,
 }
 
 /// A task that has ended.
 enum Finished {
     Attempt(String, Done),
     Recovery(AttemptId, Result<Option<Recorded>, DatabaseError>),
+    Settled(Result<i64, DatabaseError>),
 }
 
 /// When what is due. `None`: not.
@@ -141,6 +160,8 @@ struct Timers {
     due: Option<Instant>,
     blocked: Option<Instant>,
     lost: Instant,
+    settle: Instant,
+    askers: Instant,
 }
 
 impl Reactor {
@@ -162,12 +183,14 @@ impl Reactor {
             lost,
             tasks: JoinSet::new(),
             progress: mpsc::unbounded_channel(),
-            timers: Timers { everything: now, due: None, blocked: None, lost: now },
+            timers: Timers { everything: now, due: None, blocked: None, lost: now, settle: now, askers: now },
             leaving: None,
             others: 0,
             said_hello: false,
             outage: Outage::default(),
             failed: false,
+            not_accepting: None,
+            settling: Settling::No,
         }
     }
 
@@ -191,7 +214,7 @@ impl Reactor {
                         self.watch = Some(watch);
                         self.outage.over();
                         self.timers.everything = Instant::now();
-                        backoff = self::backoff();
+                        backoff = outage::backoff();
                     }
                     Err(error @ DatabaseError::NameInUse { .. }) if !self.said_hello => return Err(error),
                     Err(error) => {
@@ -242,7 +265,8 @@ impl Reactor {
         let Some(watch) = &self.watch else { return Ok(()) };
         let now = Instant::now();
         let mut everything = now >= self.timers.everything || self.snapshot.is_none();
-        if self.news.take_builders() || everything {
+        let control = self.news.take_control();
+        if control || everything {
             let builders = watch.builders(&self.shared.hello.labels).await?;
             let patterns = &self.shared.settings.builders;
             let mine: Vec<Builder> =
@@ -259,17 +283,20 @@ impl Reactor {
         let names: Vec<String> = self.builders.iter().map(|builder| builder.name.clone()).collect();
         let snapshot = match self.snapshot.take() {
             Some(since) if !everything => {
-                let (snapshot, found, due) = watch.look_new(&since, &names, NEW).await?;
-                if let Some(due) = due {
+                let new = watch.look_new(&since, &names, NEW).await?;
+                if let Some(due) = new.due {
                     let due = Instant::now() + due;
                     self.timers.due = Some(self.timers.due.map_or(due, |known| known.min(due)));
                 }
-                if found.len() >= NEW as usize || due.is_some_and(|due| due.is_zero()) {
-                    self.timers.everything = now;
+                if new.needy {
+                    self.timers.settle = now;
+                }
+                if new.count >= NEW as usize {
+                    self.timers.settle = now;
                     None
                 } else {
-                    self.candidates.add(found);
-                    Some(snapshot)
+                    self.candidates.add(new.candidates);
+                    Some(new.snapshot)
                 }
             }
             Some(_) | None => None,
@@ -283,7 +310,23 @@ impl Reactor {
                 Some(snapshot)
             }
         };
-        if everything || now >= self.timers.lost {
+        let tend = everything || now >= self.timers.lost;
+        if tend || control {
+            for (id, reason) in watch.cancels(&self.shared.hello.name).await? {
+                if let Some(active) = self.running.get(&id) {
+                    active.stop.cancel_build(reason);
+                }
+            }
+        }
+        if !self.running.is_empty() && now >= self.timers.askers {
+            self.timers.askers = now + ASKERS;
+            for id in watch.askers(&self.shared.hello.name).await? {
+                if let Some(active) = self.running.get(&id) {
+                    active.stop.step_aside();
+                }
+            }
+        }
+        if tend {
             let unlocked = watch.unlocked().await?;
             self.timers.lost = now + self.shared.settings.ping;
             let running = &self.running;
@@ -292,8 +335,16 @@ impl Reactor {
                 self.tasks.spawn(async move { Finished::Recovery(id, attempt::recover(&shared, id, &worker).await) });
             }
         }
-        if everything {
+        let was_accepting = self.not_accepting.is_none();
+        if tend {
+            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk);
+        }
+        if everything || control || was_accepting != self.not_accepting.is_none() {
             self.report_in().await?;
+        }
+        if now >= self.timers.settle {
+            self.timers.settle = now + self.shared.settings.poll;
+            self.settle();
         }
         if everything || self.timers.blocked.is_some_and(|at| now >= at) {
             self.blocked.clear();
@@ -305,7 +356,12 @@ impl Reactor {
     async fn report_in(&mut self) -> Result<(), DatabaseError> {
         let state = if self.leaving.is_some() { "draining" } else { "active" };
         let hello = &self.shared.hello;
-        self.others = self.shared.database.hello(hello, state, None, !self.said_hello).await?;
+        let heard = self.shared.database.hello(hello, state, self.not_accepting.as_deref(), !self.said_hello).await?;
+        self.others = heard.others;
+        if heard.drain && self.leaving.is_none() {
+            self.obey(Order::Drain);
+        }
+        let hello = &self.shared.hello;
         if !self.said_hello {
             self.said_hello = true;
             tracing::info!(
@@ -330,7 +386,7 @@ impl Reactor {
 
     /// Starts a claim for each free slot, best candidate first.
     fn fill(&mut self) {
-        if self.leaving.is_some() || self.watch.is_none() {
+        if self.leaving.is_some() || self.watch.is_none() || self.not_accepting.is_some() {
             return;
         }
         while self.free_slots() > 0 {
@@ -365,7 +421,10 @@ impl Reactor {
     async fn wait(&mut self, until: Option<Instant>) {
         let wake_at = until.unwrap_or_else(|| {
             let timers = &self.timers;
-            let mut at = timers.everything.min(timers.lost);
+            let mut at = timers.everything.min(timers.lost).min(timers.settle);
+            if !self.running.is_empty() {
+                at = at.min(timers.askers);
+            }
             at = timers.due.map_or(at, |due| at.min(due));
             timers.blocked.map_or(at, |blocked| at.min(blocked))
         });
@@ -393,7 +452,7 @@ impl Reactor {
         self.claimed(&builder);
         self.candidates.remove(id.build);
         if self.leaving == Some(Order::Stop) {
-            stop.cancel();
+            stop.give_back();
         }
         self.running.insert(id, Active { builder, stop });
     }
@@ -419,6 +478,18 @@ impl Reactor {
                     Err(error) => {
                         tracing::warn!(build.id = %id.build, "cannot take over build {id} yet: {}", Chain(&error))
                     }
+                }
+            }
+            Ok(Finished::Settled(result)) => {
+                let again = std::mem::replace(&mut self.settling, Settling::No) == Settling::YesAndAgain;
+                match result {
+                    Ok(0) => {}
+                    // Released rows are seen by the look that follows; other workers have to be told.
+                    Ok(_) => self.wake_others(),
+                    Err(error) => tracing::warn!("{}", Chain(&error)),
+                }
+                if again {
+                    self.settle();
                 }
             }
             Err(error) => {
@@ -461,13 +532,28 @@ impl Reactor {
                 }
                 self.blocked.remove(builder);
                 self.fill();
-                // Others are not told by a NOTIFY of the result's own; so if nobody here goes on with this builder, they
-                // are told that a slot of it is free.
-                if self.others > 0 && !self.claiming.contains_key(builder) {
-                    self.shared.herald.wake();
-                }
+                // Others are not told by a NOTIFY of the result's own: a slot of this builder may be free for them.
+                // Likewise of builds that it released, which may be for others.
+                self.wake_others();
             }
         }
+    }
+
+    fn wake_others(&self) {
+        if self.others > 0 {
+            self.shared.herald.wake();
+        }
+    }
+
+    /// Starts settling waiting builds, or has it done once more after the one under way.
+    fn settle(&mut self) {
+        if self.settling != Settling::No {
+            self.settling = Settling::YesAndAgain;
+            return;
+        }
+        self.settling = Settling::Yes;
+        let shared = Arc::clone(&self.shared);
+        self.tasks.spawn(async move { Finished::Settled(shared.database.settle().await) });
     }
 
     fn forget(&mut self, builds: &[BuildId]) {
@@ -480,6 +566,8 @@ impl Reactor {
         if let Some(delay) = recorded.retry_in {
             let at = Instant::now() + delay;
             self.timers.due = Some(self.timers.due.map_or(at, |due| due.min(at)));
+            // A newer build of its coalesce_key may have come while it ran.
+            self.timers.settle = Instant::now();
         }
     }
 
@@ -503,81 +591,7 @@ impl Reactor {
     fn stop_all(&mut self) {
         self.shared.giving_back.cancel();
         for active in self.running.values() {
-            active.stop.cancel();
-        }
-    }
-}
-
-/// One line when the database goes away, one when its reason changes, one when it is back.
-#[derive(Default)]
-pub struct Outage {
-    said: Option<String>,
-    since: Option<Instant>,
-}
-
-impl Outage {
-    /// No connection, because of `error`.
-    pub fn failed(&mut self, error: &DatabaseError) {
-        let text = Chain(error).to_string();
-        self.since.get_or_insert_with(Instant::now);
-        if self.said.as_ref() != Some(&text) {
-            tracing::warn!("{text}; trying again until it works");
-            self.said = Some(text);
-        }
-    }
-
-    /// There is a connection.
-    pub fn over(&mut self) {
-        if let Some(since) = self.since.take() {
-            tracing::info!("connected again after {:.1} s", since.elapsed().as_secs_f64());
-        }
-        self.said = None;
-    }
-}
-
-/// First try after 0.2 s, then longer, up to 15 s, with jitter so that a farm does not come back all at once.
-pub fn backoff() -> impl Iterator<Item = Duration> {
-    backon::ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(200))
-        .with_max_delay(Duration::from_secs(15))
-        .without_max_times()
-        .with_jitter()
-        .build()
-}
-
-/// Whether `name` matches `pattern`, in which `*` stands for any characters and `?` for one.
-fn matches(pattern: &str, name: &str) -> bool {
-    fn rest(pattern: &[u8], name: &[u8]) -> bool {
-        match (pattern.split_first(), name.split_first()) {
-            (None, None) => true,
-            (Some((b'*', after)), _) => {
-                rest(after, name) || name.split_first().is_some_and(|(_, name)| rest(pattern, name))
-            }
-            (Some((p, after)), Some((n, name))) => (*p == b'?' || p == n) && rest(after, name),
-            (Some(_), None) | (None, Some(_)) => false,
-        }
-    }
-    rest(pattern.as_bytes(), name.as_bytes())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::matches;
-
-    #[test]
-    fn patterns_of_builder_names() {
-        for (pattern, name, expected) in [
-            ("*", "linux", true),
-            ("linux", "linux", true),
-            ("linux", "linux2", false),
-            ("lin*", "linux", true),
-            ("*-nightly", "linux-nightly", true),
-            ("*-nightly", "linux", false),
-            ("l?nux", "linux", true),
-            ("", "x", false),
-            ("a*b*c", "aXbYc", true),
-        ] {
-            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+            active.stop.give_back();
         }
     }
 }

@@ -1,0 +1,143 @@
+-- What people call to steer the queue. None of them ever waits for a running build.
+
+CREATE OR REPLACE FUNCTION cancel_build(id bigint, reason text DEFAULT NULL) RETURNS text
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    build builds;
+    said text := format('cancelled by %s', session_user) || coalesce(': ' || reason, '');
+BEGIN
+    -- The queue row before the builds row, as everybody; a locked one is claimed, and its worker is told.
+    PERFORM FROM build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
+    IF FOUND THEN
+        UPDATE builds b
+        SET state = 'cancelled', finished_at = clock_timestamp(), detail = said, exit_code = NULL, term_signal = NULL,
+            cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
+        WHERE b.id = $1 AND b.state = 'queued';
+        IF FOUND THEN
+            DELETE FROM build_queue q WHERE q.build_id = $1;
+            RETURN 'cancelled';
+        END IF;
+    END IF;
+    UPDATE builds b
+    SET cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
+    WHERE b.id = $1 AND b.state IN ('queued', 'running')
+    RETURNING b.* INTO build;
+    IF FOUND THEN
+        PERFORM pg_notify('build_control', 'cancel');
+        RETURN 'its worker is told to stop it';
+    END IF;
+    SELECT b.* INTO build FROM builds b WHERE b.id = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    IF build.state = 'described' THEN
+        UPDATE builds b
+        SET state = 'cancelled', queued_at = clock_timestamp(), finished_at = clock_timestamp(), detail = said,
+            cancel_requested_at = clock_timestamp(), cancel_reason = reason
+        WHERE b.id = $1 AND b.state = 'described';
+        RETURN 'cancelled';
+    END IF;
+    RETURN format('it had already ended: %s', build.state);
+END $$;
+COMMENT ON FUNCTION cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which.';
+
+CREATE OR REPLACE FUNCTION retry_build(id bigint) RETURNS text
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    now_state build_state;
+BEGIN
+    SELECT b.state INTO now_state FROM builds b WHERE b.id = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    IF now_state IN ('queued', 'running') THEN
+        -- Between two tries it need not wait any longer.
+        UPDATE build_queue q SET run_after = NULL
+        WHERE q.build_id = (SELECT w.build_id FROM build_queue w WHERE w.build_id = $1 AND w.run_after IS NOT NULL FOR UPDATE SKIP LOCKED);
+        RETURN CASE WHEN FOUND THEN 'queued, to start at once' ELSE format('it is %s already', now_state) END;
+    END IF;
+    INSERT INTO build_queue (build_id) VALUES ($1);
+    RETURN 'queued';
+END $$;
+COMMENT ON FUNCTION retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once.';
+
+CREATE OR REPLACE FUNCTION prioritize_build(id bigint, priority integer) RETURNS text
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    now_state build_state;
+BEGIN
+    UPDATE build_queue q SET priority = $2
+    WHERE q.build_id = (SELECT w.build_id FROM build_queue w WHERE w.build_id = $1 FOR UPDATE SKIP LOCKED);
+    IF FOUND THEN
+        RETURN format('priority %s', $2);
+    END IF;
+    SELECT b.state INTO now_state FROM builds b WHERE b.id = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    RETURN CASE WHEN now_state = 'queued' THEN 'it is about to start' ELSE format('it is %s', now_state) END;
+END $$;
+COMMENT ON FUNCTION prioritize_build(bigint, integer) IS 'Changes the priority of a build that waits.';
+
+CREATE OR REPLACE FUNCTION pause_builder(name text, reason text DEFAULT NULL) RETURNS text
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    UPDATE builders r SET paused = true, paused_reason = reason WHERE r.name = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    RETURN 'paused; what runs goes on';
+END $$;
+COMMENT ON FUNCTION pause_builder(text, text) IS 'Starts no more builds of this builder; what runs goes on.';
+
+CREATE OR REPLACE FUNCTION resume_builder(name text) RETURNS text
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    UPDATE builders r SET paused = false, paused_reason = NULL WHERE r.name = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    RETURN 'resumed';
+END $$;
+COMMENT ON FUNCTION resume_builder(text) IS 'Ends a pause.';
+
+CREATE OR REPLACE FUNCTION drain_worker(name text) RETURNS text
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    UPDATE workers w SET drain_requested = true WHERE w.name = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no worker "%"', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    PERFORM pg_notify('build_control', 'drain');
+    RETURN 'it claims nothing more, finishes what runs, and leaves';
+END $$;
+COMMENT ON FUNCTION drain_worker(text) IS 'Lets a worker finish what it runs and then leave.';
+
+CREATE OR REPLACE FUNCTION prune_builds(older_than interval) RETURNS bigint
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    gone bigint;
+BEGIN
+    IF older_than IS NULL OR older_than < '0' THEN
+        RAISE EXCEPTION 'prune_builds needs an age, for example prune_builds(''90 days'')' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- A batch a call, the oldest first, so that no call holds anything up; what others hold is left for the next.
+    WITH old AS (
+        SELECT b.id FROM builds b
+        WHERE b.finished_at < clock_timestamp() - older_than
+          AND NOT EXISTS (SELECT FROM build_queue q WHERE q.needs <> '{}' AND q.needs @> ARRAY[b.id])
+        ORDER BY b.finished_at LIMIT 1000 FOR UPDATE SKIP LOCKED
+    ), deleted AS (
+        DELETE FROM builds b USING old WHERE b.id = old.id RETURNING 1
+    )
+    SELECT count(*) INTO gone FROM deleted;
+    RETURN gone;
+END $$;
+COMMENT ON FUNCTION prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
