@@ -90,7 +90,7 @@ impl Bench {
             let mut claim = self.database.claim().await.unwrap();
             let began = Instant::now();
             let new = self.watch.look_new(&since, &names, 1000).await.unwrap();
-            let tried = claim.take(&builder, &[new.candidates[0].build]).await.unwrap();
+            let tried = claim.take(&builder, &[], &[new.candidates[0].build]).await.unwrap();
             times.push(began.elapsed());
             assert_eq!(tried, Tried::Claimed { build: id, slot: 1 });
             since = new.snapshot;
@@ -114,7 +114,7 @@ impl Bench {
                 candidates.replace(found);
             }
             let offer = candidates.first(&builder.name, 8);
-            let tried = claim.take(&builder, &offer).await.unwrap();
+            let tried = claim.take(&builder, &[], &offer).await.unwrap();
             times.push(began.elapsed());
             let Tried::Claimed { build, .. } = tried else { panic!("{tried:?}") };
             assert_eq!(build, offer[0]);
@@ -151,7 +151,7 @@ impl Bench {
         let mut claim = self.database.claim().await.unwrap();
         // A slot that nobody else asks for.
         let aside = Builder { name: "b40".into(), number: 999_999, max_running: 1 };
-        assert!(matches!(claim.take(&aside, &[id]).await.unwrap(), Tried::Claimed { .. }));
+        assert!(matches!(claim.take(&aside, &[], &[id]).await.unwrap(), Tried::Claimed { .. }));
         self.database.begin_attempt(id, "bench", 1, &[]).await.unwrap().unwrap();
         claim
     }

@@ -375,3 +375,54 @@ async fn a_slot_freed_on_one_worker_wakes_the_other() {
     assert_eq!(first.exited().await, Some(0));
     assert_eq!(db.one::<String>(&format!("SELECT worker FROM builds WHERE id = {two}")).await, "second");
 }
+
+#[tokio::test]
+async fn a_slot_whose_claim_is_lost_for_a_while_is_given_to_nobody() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    gated(&db, "b", &gate).await;
+    let env = [HOUR, ("BUILDREACTOR_LEASE_PING", "3s"), ("BUILDREACTOR_WORKER_SLOTS", "4")];
+    let mut first = Daemon::start(&db, "first", &env).await;
+    let _second = Daemon::start(&db, "second", &env).await;
+    let one = db.enqueue("b").await;
+    db.wait("SELECT claim_held FROM running_builds").await;
+    let worker: String = db.one("SELECT worker FROM running_builds").await;
+    // The loss is noticed with the next ping, 3 s away; until then the lock on the slot is free.
+    db.execute("SELECT pg_terminate_backend((SELECT claim_pid FROM running_builds))").await;
+    let two = db.enqueue("b").await;
+    db.wait("SELECT claim_held FROM running_builds").await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM running_builds").await, 1);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts").await, 1, "the second has not run");
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(one).await, "passed");
+    assert_eq!(db.finished(two).await, "passed");
+    assert_eq!(db.one::<String>(&format!("SELECT worker FROM builds WHERE id = {one}")).await, worker);
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts").await, 2, "each ran once");
+    assert_eq!(first.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_limit_that_is_lowered_holds_from_then_on() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    // Each build waits for a gate of its own.
+    db.builder("b", &format!("while [ ! -e {}/$BUILD_ID ]; do sleep 0.05; done", folder.path().display())).await;
+    db.execute("UPDATE builders SET max_running = 3").await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "6")]).await;
+    db.execute("INSERT INTO build_queue (builder) SELECT 'b' FROM generate_series(1, 5)").await;
+    db.wait("SELECT count(*) = 3 FROM running_builds WHERE claim_held").await;
+    db.execute("UPDATE builders SET max_running = 1").await;
+    let in_first_slot: i64 = db.one("SELECT build_id FROM build_attempts WHERE slot = 1").await;
+    for id in [in_first_slot, if in_first_slot == 1 { 2 } else { 1 }] {
+        std::fs::write(folder.path().join(id.to_string()), "").unwrap();
+        assert_eq!(db.finished(id).await, "passed");
+        tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+        let running: i64 = db.one("SELECT count(*) FROM running_builds").await;
+        assert_eq!(running, if id == in_first_slot { 2 } else { 1 }, "nothing new is started above the limit");
+    }
+    for id in 1..=5 {
+        std::fs::write(folder.path().join(id.to_string()), "").unwrap();
+    }
+    db.wait("SELECT count(*) = 5 FROM builds WHERE state = 'passed'").await;
+}

@@ -80,10 +80,10 @@ async fn a_database_that_is_down_at_the_start_and_restarted_later_is_waited_for(
 
     let mut daemon = Daemon::spawn(&url, "w", &[HOUR]);
     daemon.says("cannot connect to database `postgres`").await;
-    let ticks = cpu_ticks(daemon.pid());
+    let ticks = crate::support::cpu_ticks(daemon.pid());
     let began = std::time::Instant::now();
     wait_for("three seconds without a server", || async { began.elapsed().as_secs() >= 3 }).await;
-    assert!(cpu_ticks(daemon.pid()) - ticks < 30, "no spin");
+    assert!(crate::support::cpu_ticks(daemon.pid()) - ticks < 30, "no spin");
     assert_eq!(daemon.times_said("cannot connect"), 1, "one clear line");
     let mut server = start(dir).await.unwrap();
     daemon.ready().await;
@@ -107,13 +107,6 @@ async fn a_database_that_is_down_at_the_start_and_restarted_later_is_waited_for(
 
 async fn finished(client: &tokio_postgres::Client) -> i64 {
     client.query_one("SELECT count(*) FROM builds WHERE state = 'passed'", &[]).await.unwrap().get(0)
-}
-
-/// utime + stime in clock ticks (10 ms).
-fn cpu_ticks(pid: i32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 #[tokio::test]
@@ -154,4 +147,17 @@ async fn wrong_configuration_and_unreachable_databases_have_their_exit_codes() {
     let output = buildreactor(&["run", "--database", &db.url()], &[("BUILDREACTOR_WORKER_STATE_DIR", &state)]);
     assert_eq!(output.status.code(), Some(78));
     assert!(text(&output.stderr).contains("run `buildreactor migrate` first"), "{}", text(&output.stderr));
+}
+
+#[tokio::test]
+async fn a_look_that_fails_again_and_again_neither_spins_nor_keeps_the_daemon_from_leaving() {
+    let db = Db::new().await;
+    let mut daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "500ms")]).await;
+    db.execute("ALTER TABLE builders RENAME TO builders_gone").await;
+    daemon.says("cannot listen for wakes").await;
+    let ticks = crate::support::cpu_ticks(daemon.pid());
+    let began = std::time::Instant::now();
+    wait_for("three seconds", || async { began.elapsed().as_secs() >= 3 }).await;
+    assert!(crate::support::cpu_ticks(daemon.pid()) - ticks < 60, "no spin");
+    assert_eq!(daemon.stop().await, Some(0));
 }

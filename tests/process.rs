@@ -69,7 +69,7 @@ async fn a_script_sees_its_build_and_nothing_of_the_daemons_secrets() {
         "PATH=/opt/tool:/usr/bin:/bin",
         "PROP_GIT_REV=abc",
         "PROP_N=7",
-        "PROP_LIST=[1,2]",
+        "PROP_LIST=[1, 2]",
         "PROP_NONE=",
         "PROP_LD_PRELOAD=x",
         "PROP_MULTI=a",
@@ -185,6 +185,34 @@ async fn a_tree_of_any_shape_is_gone_when_its_attempt_ends_however_it_ends() {
         assert_eq!(told, expected);
         assert_eq!(log(&db, id).await, "ready\n");
     }
+}
+
+#[tokio::test]
+async fn a_real_time_signal_is_told_and_leaves_nothing() {
+    let db = Db::new().await;
+    let daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let (_, told) = run(&db, "sleep 600 & setsid sleep 600 & sleep 0.3; kill -40 $$").await;
+    assert_eq!(told, "failed|40|ended by signal 40");
+    assert_eq!(processes_of(&daemon.state), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn a_result_needs_no_room_on_the_workers_disk() {
+    let db = Db::new().await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    // Where the guardian would write its status there is a folder that cannot be replaced.
+    let (_, told) = run(&db, "mkdir -p \"$BUILD_DIR/../status.json/x\"; exit 3").await;
+    assert_eq!(told, "failed|3|exit code 3");
+}
+
+#[tokio::test]
+async fn properties_that_other_readers_of_json_refuse_are_no_trouble() {
+    let db = Db::new().await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.builder("b", "echo ${#PROP_N} ${#PROP_DEEP}").await;
+    db.execute("INSERT INTO build_queue (builder, properties) VALUES ('b', jsonb_build_object('n', 1e400, 'deep', (repeat('[', 300) || repeat(']', 300))::jsonb))").await;
+    assert_eq!(db.finished(1).await, "passed");
+    assert_eq!(log(&db, 1).await, "401 600\n");
 }
 
 #[tokio::test]

@@ -142,3 +142,40 @@ async fn events_tell_of_start_and_finish_after_the_commit() {
     assert_eq!(db.one::<String>("SELECT state::text FROM builds").await, "failed");
     driver.abort();
 }
+
+#[tokio::test]
+async fn more_rows_at_once_than_a_look_takes_are_all_found() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    db.builder("c", "true").await;
+    db.execute("UPDATE builders SET paused = true WHERE name = 'b'").await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    // Some for later among them, and the last ones of another builder.
+    db.execute(
+        "INSERT INTO build_queue (builder, run_after) SELECT 'c', CASE WHEN n % 5 = 0 THEN now() + interval '1 day' END FROM generate_series(1, 1300) n;",
+    )
+    .await;
+    let id = db.enqueue("c").await;
+    db.execute(&format!("SELECT prioritize_build({id}, 9)")).await;
+    assert_eq!(db.finished(id).await, "passed");
+    db.execute("DELETE FROM build_queue q USING builds b WHERE b.id = q.build_id AND b.state = 'queued' AND q.build_id BETWEEN 1 AND 1200").await;
+    db.wait("SELECT count(*) FILTER (WHERE ready) = 0 FROM build_queue").await;
+}
+
+#[tokio::test]
+async fn a_due_row_that_somebody_holds_does_not_make_the_daemon_spin() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    let daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.execute("INSERT INTO build_queue (builder, run_after) VALUES ('b', clock_timestamp() + interval '1 second')")
+        .await;
+    let person = db.session().await;
+    person.batch_execute("BEGIN; UPDATE build_queue SET priority = 1").await.unwrap();
+    db.wait("SELECT run_after < clock_timestamp() FROM build_queue").await;
+    let ticks = crate::support::cpu_ticks(daemon.pid());
+    let began = std::time::Instant::now();
+    wait_for("three seconds", || async { began.elapsed().as_secs() >= 3 }).await;
+    assert!(crate::support::cpu_ticks(daemon.pid()) - ticks < 60, "no spin");
+    person.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(db.finished(1).await, "passed");
+}

@@ -25,6 +25,9 @@ CREATE INDEX build_queue_coalesce ON build_queue (builder, coalesce_key, build_i
 COMMENT ON COLUMN build_queue.needs IS 'Builds that must pass first; those that have passed are taken out. builds.needs keeps them all.';
 COMMENT ON COLUMN build_queue.coalesce_key IS 'A waiting, not yet running build of the same builder and key is superseded by this one.';
 
+ALTER TABLE build_attempts ADD COLUMN slot integer;
+COMMENT ON COLUMN build_attempts.slot IS 'Which of the builder''s slots it uses, from 1; no other running build of the builder has the same.';
+
 ALTER TABLE workers ADD COLUMN drain_requested boolean NOT NULL DEFAULT false;
 ALTER TABLE workers ADD COLUMN accepting boolean NOT NULL DEFAULT true;
 COMMENT ON COLUMN workers.drain_requested IS 'drain_worker(name) was called; its daemon finishes what runs and leaves.';

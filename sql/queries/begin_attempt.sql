@@ -4,7 +4,13 @@
 -- Locks: the builds row, for the length of this statement.
 WITH builder AS MATERIALIZED (
     SELECT r.* FROM build_queue q JOIN builders r ON r.name = q.builder
-    WHERE q.build_id = $1 AND NOT r.paused AND r.max_running >= $3 AND r.labels <@ $4
+    WHERE q.build_id = $1 AND NOT r.paused AND r.labels <@ $4
+      -- A running build keeps its slot when its claim is lost for a while, and with it the lock on the slot.
+      AND NOT EXISTS (SELECT FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+                      WHERE x.state = 'running' AND x.builder = r.name AND a.slot = $3)
+      -- Builds in slots above a limit that was lowered count against it from the top.
+      AND $3 + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+                WHERE x.state = 'running' AND x.builder = r.name AND a.slot > r.max_running) <= r.max_running
 ), started AS (
     UPDATE builds b
     SET state = 'running', attempt = b.attempt + 1, worker = $2, started_at = clock_timestamp(),
@@ -13,12 +19,17 @@ WITH builder AS MATERIALIZED (
         finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL
     FROM builder
     WHERE b.id = $1 AND b.state <> 'running' AND b.cancel_requested_at IS NULL
-    RETURNING b.attempt, b.started_at, b.properties::text AS properties, to_jsonb(b)::text AS row_json
+    RETURNING b.attempt, b.started_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
-    INSERT INTO build_attempts (build_id, attempt, worker, started_at)
-    SELECT $1, s.attempt, $2, s.started_at FROM started s
+    INSERT INTO build_attempts (build_id, attempt, worker, started_at, slot)
+    SELECT $1, s.attempt, $2, s.started_at, $3 FROM started s
 )
-SELECT s.attempt, s.properties, s.row_json, r.name AS builder, r.executor, r.script, r.env::text AS env, r.keep_workspace,
+SELECT s.attempt, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
+       -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.
+       ARRAY(SELECT key FROM jsonb_each(s.properties) ORDER BY key) AS property_names,
+       ARRAY(SELECT coalesce(value #>> '{}', '') FROM jsonb_each(s.properties) ORDER BY key) AS property_values,
+       ARRAY(SELECT key FROM jsonb_each_text(r.env) ORDER BY key) AS env_names,
+       ARRAY(SELECT value FROM jsonb_each_text(r.env) ORDER BY key) AS env_values,
        extract(epoch FROM r.timeout)::float8 AS timeout_seconds,
        extract(epoch FROM r.silence_timeout)::float8 AS silence_seconds
 FROM started s CROSS JOIN builder r

@@ -20,16 +20,24 @@ pub async fn run(attempts: PathBuf, keep: Duration) {
     }
 }
 
-/// Removes ended attempts (those with a status) that have not changed for `keep`.
+/// Removes folders of attempts that have not changed for `keep`, and goes on when one cannot be removed. A folder changes when
+/// its attempt begins and ends, and no attempt takes longer than 30 days.
 fn sweep(attempts: &Path, keep: Duration) -> std::io::Result<usize> {
+    const LONGEST: Duration = Duration::from_secs(30 * 86_400);
     let mut removed = 0;
     for entry in std::fs::read_dir(attempts)? {
         let folder = entry?.path();
-        let Ok(status) = std::fs::metadata(folder.join("status.json")) else { continue };
-        let age = SystemTime::now().duration_since(status.modified()?).unwrap_or_default();
+        let status = std::fs::metadata(folder.join("status.json"));
+        let keep = if status.is_ok() { keep } else { keep.max(LONGEST) };
+        let Ok(changed) = status.or_else(|_| std::fs::metadata(&folder)).and_then(|found| found.modified()) else {
+            continue;
+        };
+        let age = SystemTime::now().duration_since(changed).unwrap_or_default();
         if age > keep {
-            std::fs::remove_dir_all(&folder)?;
-            removed += 1;
+            match std::fs::remove_dir_all(&folder) {
+                Ok(()) => removed += 1,
+                Err(error) => tracing::warn!("cannot remove `{}`: {error}", folder.display()),
+            }
         }
     }
     Ok(removed)

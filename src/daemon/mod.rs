@@ -65,13 +65,16 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let folders = Folders::new(&worker.state_dir, &worker.name);
     let settings = process::Settings { folders: folders.clone(), file_limit: config.log.file_limit };
     // Waits for processes of an earlier daemon, so not on a thread of the runtime.
-    let executors = tokio::task::spawn_blocking(move || Registry::new(settings)).await;
+    let mut receive_orders = receive_orders;
+    let executors = tokio::select! {
+        executors = tokio::task::spawn_blocking(move || Registry::new(settings)) => executors,
+        _ = receive_orders.recv() => return Ok(Left::Ordered),
+    };
     let executors = executors
         .map_err(std::io::Error::other)
         .and_then(|result| result)
         .map_err(|source| DaemonError::Folder { folder: folders.root().display().to_string(), source })?;
 
-    let mut receive_orders = receive_orders;
     if !schema_fits(&info, &mut receive_orders).await? {
         return Ok(Left::Ordered);
     }

@@ -53,7 +53,7 @@ impl Claim {
             .ok_or_else(|| DatabaseError::Unexpected { step: "use a claim", what: "it has ended".to_owned() })
     }
 
-    /// Opens the transaction, takes a slot of `builder` and locks the first of `candidates` that is free: one round trip.
+    /// Opens the transaction, takes a slot of `builder` that is not `occupied` (by a build whose claim is lost) and locks the first of `candidates` that is free: one round trip.
     /// On [`Tried::BuilderBusy`] and [`Tried::RowsGone`] the transaction is rolled back.
     ///
     /// # Errors
@@ -61,7 +61,7 @@ impl Claim {
     ///
     /// # Cancel safety
     /// Dropping the future leaves a claim that must be dropped too.
-    pub async fn take(&mut self, builder: &Builder, candidates: &[BuildId]) -> Result<Tried> {
+    pub async fn take(&mut self, builder: &Builder, occupied: &[i32], candidates: &[BuildId]) -> Result<Tried> {
         const STEP: &str = "claim a build";
         let session = self.session()?;
         let slot_sql = answered(STEP, session.prepare_cached(queries::CLAIM_SLOT)).await?;
@@ -70,7 +70,7 @@ impl Claim {
         // Pipelined: sent together, answered in order. The last, by the simple protocol, closes the portal of the one
         // before, whose snapshot would otherwise stay open with the transaction and make every
         // CREATE INDEX CONCURRENTLY in the database wait for this build.
-        let slot_of: [&(dyn ToSql + Sync); 2] = [&builder.number, &builder.max_running];
+        let slot_of: [&(dyn ToSql + Sync); 3] = [&builder.number, &builder.max_running, &occupied];
         let row_of: [&(dyn ToSql + Sync); 1] = [&ids];
         let (begun, slot, saved, row, closed) = answered(STEP, async {
             Ok(tokio::join!(
@@ -102,8 +102,9 @@ impl Claim {
     }
 
     /// Opens the transaction and locks the row of an attempt that was started before: after a lost connection, or to
-    /// record that its worker is lost. `slot`: the builder's number and slot to hold again with it.
-    /// False: somebody else holds the row or the slot, or the build is no longer queued; nothing is held then.
+    /// record that its worker is lost. `slot`: the builder's number and slot to hold again with it, where that can be had; the
+    /// row alone decides, and no other build starts in the slot of a running one.
+    /// False: somebody else holds the row, or the build is no longer queued; nothing is held then.
     ///
     /// # Errors
     /// The connection is gone or the server refused.
@@ -112,10 +113,10 @@ impl Claim {
         let session = self.session()?;
         answered(STEP, session.batch_execute("BEGIN; SAVEPOINT row")).await?;
         let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&id.build.0])).await?;
-        let mut held = row.is_some();
+        let held = row.is_some();
         if let (true, Some((number, slot))) = (held, slot) {
             const SQL: &str = "SELECT pg_try_advisory_xact_lock($1, $2)";
-            held = answered(STEP, session.query_one(SQL, &[&number, &slot])).await?.get(0);
+            answered(STEP, session.query_one(SQL, &[&number, &slot])).await?;
         }
         // Also closes the portals, as in `take`.
         answered(STEP, session.batch_execute("SELECT 1")).await?;

@@ -36,10 +36,12 @@ pub const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Work connections on top of one for each slot: the start of an attempt and its log do not wait for each other's turn long.
 pub const WORK_CONNECTIONS: u32 = 4;
 
-/// Settings of sessions that run short statements. `buildreactor.session` tells the triggers that this is no person.
+/// Settings of sessions that run short statements. The keepalives are the server's side: a dead daemon's session ends, and with
+/// it the lock on the worker's name, after some 11 s. `buildreactor.session` tells the triggers that this is no person.
 /// `enable_seqscan`: with a long claim open the queue is mostly dead rows, its statistics mean little, and a sequential
 /// scan would read them all.
-const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
+const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
+    SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
     SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET default_transaction_isolation = 'read committed'; \
     SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')";
 
@@ -68,7 +70,8 @@ impl Database {
     /// The connection string's TLS files cannot be used.
     pub fn new(info: ConnInfo, limits: SessionLimits, application_name: &str) -> Result<Database> {
         let claim_session = format!(
-            "SET buildreactor.session = 'daemon'; SET statement_timeout = 0; SET lock_timeout = '5s'; \
+            "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
+             SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = 0; SET lock_timeout = '5s'; \
              SET idle_in_transaction_session_timeout = {idle}; SET enable_seqscan = off; \
              SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
              SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')",
@@ -99,7 +102,12 @@ impl Database {
     }
 
     async fn take_from(&self, pool: &Pool) -> Result<Object> {
-        pool.get().await.map_err(|source| DatabaseError::Pool { place: self.info.describe(), source: Box::new(source) })
+        // deadpool's own limits leave out what is done to a connection after connecting.
+        const LIMIT: Duration = Duration::from_secs(3 * ANSWER_TIME.as_secs());
+        tokio::time::timeout(LIMIT, pool.get())
+            .await
+            .map_err(|_| DatabaseError::NoAnswer { step: "get a connection", after: LIMIT })?
+            .map_err(|source| DatabaseError::Pool { place: self.info.describe(), source: Box::new(source) })
     }
 }
 

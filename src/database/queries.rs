@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{Database, DatabaseError, Result, answered};
+use super::{Database, Result, answered};
 use crate::model::{AttemptId, BuildId, Job};
 
 macro_rules! statements {
@@ -110,11 +110,11 @@ impl Database {
         let Some(row) = answered(STEP, session.query_opt(&sql, &[&build.0, &worker, &slot, &labels])).await? else {
             return Ok(None);
         };
-        let unexpected = |error: serde_json::Error| DatabaseError::Unexpected { step: STEP, what: error.to_string() };
-        let properties = serde_json::from_str(row.get("properties")).map_err(unexpected)?;
-        let env: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_str(row.get("env")).map_err(unexpected)?;
-        let env = env.into_iter().filter_map(|(key, value)| Some((key, value.as_str()?.to_owned()))).collect();
+        let pairs = |names: &str, values: &str| -> Vec<(String, String)> {
+            row.get::<_, Vec<String>>(names).into_iter().zip(row.get::<_, Vec<String>>(values)).collect()
+        };
+        // An interval of months and days may be positive as PostgreSQL compares it, and not so in seconds.
+        let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1));
         Ok(Some(Job {
             id: AttemptId { build, attempt: row.get("attempt") },
             builder: row.get("builder"),
@@ -122,11 +122,11 @@ impl Database {
             worker: worker.to_owned(),
             executor: row.get("executor"),
             script: row.get("script"),
-            env,
-            properties,
+            env: pairs("env_names", "env_values"),
+            properties: pairs("property_names", "property_values"),
             row: row.get("row_json"),
-            timeout: Duration::from_secs_f64(row.get("timeout_seconds")),
-            silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(Duration::from_secs_f64),
+            timeout: limit(row.get("timeout_seconds")),
+            silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(limit),
             keep_workspace: row.get("keep_workspace"),
             dir: std::path::PathBuf::new(),
         }))

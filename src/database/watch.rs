@@ -250,6 +250,8 @@ impl Watch {
             .map(|row| Unlocked {
                 id: AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") },
                 worker: row.get("worker"),
+                builder: row.get("builder"),
+                slot: row.get("slot"),
             })
             .collect())
     }

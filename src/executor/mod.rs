@@ -29,7 +29,7 @@ pub trait Executor: Send + Sync {
 /// Executors by their name in `builders.executor`.
 #[derive(Clone)]
 pub struct Registry {
-    by_name: Arc<HashMap<&'static str, Box<dyn Executor>>>,
+    by_name: Arc<HashMap<&'static str, Arc<dyn Executor>>>,
 }
 
 impl Registry {
@@ -38,13 +38,13 @@ impl Registry {
     /// # Errors
     /// One cannot work here.
     pub fn new(settings: process::Settings) -> std::io::Result<Registry> {
-        let process: Box<dyn Executor> = Box::new(process::ProcessExecutor::new(settings)?);
+        let process: Arc<dyn Executor> = Arc::new(process::ProcessExecutor::new(settings)?);
         Ok(Registry { by_name: Arc::new(HashMap::from([("process", process)])) })
     }
 
     /// The executor `name`.
-    pub fn get(&self, name: &str) -> Option<&dyn Executor> {
-        self.by_name.get(name).map(AsRef::as_ref)
+    pub fn get(&self, name: &str) -> Option<Arc<dyn Executor>> {
+        self.by_name.get(name).cloned()
     }
 }
 

@@ -64,7 +64,8 @@ impl Pieces {
         let mut changes = Vec::new();
         while self.gap.is_none() && self.position < total {
             let want = PIECE.min(self.half.saturating_sub(self.head));
-            let Some((from, text, to)) = (if want == 0 { None } else { read(&reader, self.position, want, last)? })
+            let Some((from, text, to)) =
+                (if want == 0 { None } else { read(&reader, self.position, want, last, total)? })
             else {
                 if want == 0 {
                     self.open_gap();
@@ -127,7 +128,8 @@ impl Pieces {
             self.seq += 1;
         }
         while self.position < total {
-            let Some((from, text, to)) = read(reader, self.position, PIECE.min(total - self.position), last)? else {
+            let Some((from, text, to)) = read(reader, self.position, PIECE.min(total - self.position), last, total)?
+            else {
                 break;
             };
             if gap.tail.is_empty() {
@@ -161,11 +163,21 @@ impl Pieces {
 
 /// Text of up to `want` bytes from `offset` on, with the offsets at which it begins and ends. `None`: nothing there, or
 /// nothing but the first bytes of a character whose others may still come.
-fn read(reader: &OutputReader, offset: u64, want: u64, last: bool) -> io::Result<Option<(u64, String, u64)>> {
+fn read(
+    reader: &OutputReader,
+    offset: u64,
+    want: u64,
+    last: bool,
+    total: u64,
+) -> io::Result<Option<(u64, String, u64)>> {
     // At least one character, or the beginning could never be filled to its last byte.
     let (from, mut bytes) = reader.read(offset, usize::try_from(want.max(4)).unwrap_or(usize::MAX))?;
-    if !last {
-        bytes.truncate(whole_characters(&bytes));
+    if !last || from + (bytes.len() as u64) < total {
+        let whole = whole_characters(&bytes);
+        // Nothing but a beginning, with more behind it: then it is none.
+        if whole > 0 || !last {
+            bytes.truncate(whole);
+        }
     }
     if bytes.is_empty() {
         return Ok(None);
@@ -270,6 +282,13 @@ mod tests {
         assert_eq!(log.write("a\u{20ac}".as_bytes().split_last().unwrap().1).advance(false), "a");
         assert_eq!(log.write(b"\xac\0\xff!").advance(false), "a\u{20ac}\u{2400}\u{fffd}!");
         assert_eq!(log.write(b"\xe2\x82").advance(true), "a\u{20ac}\u{2400}\u{fffd}!\u{fffd}");
+    }
+
+    #[test]
+    fn a_character_is_not_cut_where_two_pieces_meet_at_the_end() {
+        let mut log = Log::new(1 << 20, 1 << 30);
+        let all = "\u{20ac}".repeat(100_000);
+        assert_eq!(log.write(all.as_bytes()).advance(true), all);
     }
 
     #[test]

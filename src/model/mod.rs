@@ -62,6 +62,10 @@ pub struct Unlocked {
     pub id: AttemptId,
     /// The worker that ran it.
     pub worker: String,
+    /// Its builder.
+    pub builder: String,
+    /// The builder's slot that it uses; 0: none.
+    pub slot: i32,
 }
 
 /// Everything an executor needs to run one attempt.
@@ -82,7 +86,8 @@ pub struct Job {
     /// `builders.env`.
     pub env: Vec<(String, String)>,
     /// `builds.properties`.
-    pub properties: serde_json::Map<String, serde_json::Value>,
+    /// As text: strings as they are, everything else as JSON.
+    pub properties: Vec<(String, String)>,
     /// The whole row of `builds` as JSON, columns of the user's own included.
     pub row: String,
     /// Limit for the whole attempt.

@@ -80,6 +80,7 @@ pub enum Done {
 pub async fn attempt(
     shared: &Shared,
     builder: &Builder,
+    occupied: &[i32],
     candidates: &[BuildId],
     progress: &tokio::sync::mpsc::UnboundedSender<Progress>,
 ) -> Done {
@@ -87,7 +88,7 @@ pub async fn attempt(
         Ok(claim) => claim,
         Err(error) => return Done::Failed(error),
     };
-    let (build, slot) = match claim.take(builder, candidates).await {
+    let (build, slot) = match claim.take(builder, occupied, candidates).await {
         Ok(Tried::Claimed { build, slot }) => (build, slot),
         Ok(Tried::BuilderBusy) => {
             claim.finish();
@@ -197,7 +198,8 @@ impl Attempt<'_> {
                 format!("worker `{}` has no executor `{}`", job.worker, job.executor),
             );
         };
-        let mut run = executor.run(&job, &stop);
+        // A task of its own: it shares the keeper with others, who must not wait while this one's claim is tended.
+        let mut run = crate::tasks::spawn(async move { executor.run(&job, &stop).await });
         let ping = self.shared.settings.ping;
         let mut tick = interval_at(Instant::now() + ping, ping);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -206,9 +208,12 @@ impl Attempt<'_> {
         loop {
             let retake = self.claim.is_none() && given_up.is_none();
             tokio::select! {
-                ended = &mut run => break match given_up {
-                    Some(why) => Ended { detail: Some(why), outcome: Outcome::Lost, exit: None, ..ended },
-                    None => ended,
+                ended = &mut run => {
+                    let ended = ended.unwrap_or_else(|error| Ended::without_process(Outcome::Error, format!("the executor failed: {error}")));
+                    break match given_up {
+                        Some(why) => Ended { detail: Some(why), outcome: Outcome::Lost, exit: None, ..ended },
+                        None => ended,
+                    };
                 },
                 _ = tick.tick() => {}
                 () = asked.notified() => self.step_aside().await,

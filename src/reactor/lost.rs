@@ -39,7 +39,7 @@ impl Lost {
         let now = Instant::now();
         self.first_seen.retain(|id, _| unlocked.iter().any(|seen| seen.id == *id));
         let mut ripe = Vec::new();
-        for Unlocked { id, worker } in unlocked {
+        for Unlocked { id, worker, .. } in unlocked {
             if mine(id) || self.in_hand.contains(&id) {
                 continue;
             }
@@ -66,7 +66,7 @@ mod tests {
         let mut lost =
             Lost::new(Duration::from_secs(60), "me".into(), Folders::new(std::path::Path::new("/nonexistent"), "me"));
         let id = AttemptId { build: BuildId(1), attempt: 1 };
-        let seen = || vec![Unlocked { id, worker: "other".into() }];
+        let seen = || vec![Unlocked { id, worker: "other".into(), builder: "b".into(), slot: 1 }];
         assert!(lost.ripe(seen(), |_| false).is_empty());
         tokio::time::advance(Duration::from_secs(59)).await;
         assert!(lost.ripe(seen(), |_| false).is_empty());

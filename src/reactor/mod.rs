@@ -5,6 +5,7 @@ pub mod attempt;
 pub mod candidates;
 mod eligible;
 pub mod herald;
+mod look;
 mod lost;
 mod outage;
 
@@ -19,8 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::attempt::{Done, Progress, Stop, attempt};
-use self::candidates::{Candidates, EACH};
-use self::eligible::{matches, short_of_disk};
+use self::candidates::Candidates;
 use self::herald::Herald;
 use self::lost::Lost;
 pub use self::outage::{Outage, backoff};
@@ -40,6 +40,8 @@ const NEW: i32 = 1000;
 const PROMOTE: i64 = 1000;
 /// While builds wait for builders that are busy elsewhere: a worker that dies sends no wake.
 const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
+/// After candidates were gone, everything is looked at within this time.
+const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 /// After the database refused a claim.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
@@ -106,6 +108,8 @@ pub struct Reactor {
     snapshot: Option<Snapshot>,
     builders: Vec<Builder>,
     candidates: Candidates,
+    /// Slots of running builds whose row is not locked at the moment, by builder.
+    occupied: HashMap<String, Vec<i32>>,
     /// Builders that were busy elsewhere, or failed, at the last try.
     blocked: HashSet<String>,
     running: HashMap<AttemptId, Active>,
@@ -177,6 +181,7 @@ impl Reactor {
             snapshot: None,
             builders: Vec::new(),
             candidates: Candidates::default(),
+            occupied: HashMap::new(),
             blocked: HashSet::new(),
             running: HashMap::new(),
             claiming: HashMap::new(),
@@ -214,7 +219,6 @@ impl Reactor {
                         self.watch = Some(watch);
                         self.outage.over();
                         self.timers.everything = Instant::now();
-                        backoff = outage::backoff();
                     }
                     Err(error @ DatabaseError::NameInUse { .. }) if !self.said_hello => return Err(error),
                     Err(error) => {
@@ -228,7 +232,13 @@ impl Reactor {
             if let Err(error) = self.look().await {
                 tracing::warn!("{}; connecting again", Chain(&error));
                 self.forget_watch();
+                // Not at once, and not without hearing orders: what failed may fail again.
+                let delay = backoff.next().unwrap_or(Duration::from_secs(15));
+                self.wait(Some(Instant::now() + delay)).await;
                 continue;
+            }
+            if self.watch.is_some() {
+                backoff = outage::backoff();
             }
             self.fill();
             if self.is_done() {
@@ -258,125 +268,6 @@ impl Reactor {
         // Another session, perhaps another server: its transaction ids may mean something else.
         self.snapshot = None;
         self.lost.forget();
-    }
-
-    /// Looks at what is due: everything, or what is new.
-    async fn look(&mut self) -> Result<(), DatabaseError> {
-        let Some(watch) = &self.watch else { return Ok(()) };
-        let now = Instant::now();
-        let mut everything = now >= self.timers.everything || self.snapshot.is_none();
-        let control = self.news.take_control();
-        if control || everything {
-            let builders = watch.builders(&self.shared.hello.labels).await?;
-            let patterns = &self.shared.settings.builders;
-            let mine: Vec<Builder> =
-                builders.into_iter().filter(|builder| patterns.iter().any(|p| matches(p, &builder.name))).collect();
-            // A new builder's rows were passed over by every look before.
-            everything |= mine != self.builders;
-            self.builders = mine;
-        }
-        if everything || self.timers.due.is_some_and(|due| now >= due) {
-            let (promoted, due) = watch.promote(PROMOTE).await?;
-            let due = if promoted == PROMOTE as u64 { Some(Duration::ZERO) } else { due };
-            self.timers.due = due.map(|due| Instant::now() + due);
-        }
-        let names: Vec<String> = self.builders.iter().map(|builder| builder.name.clone()).collect();
-        let snapshot = match self.snapshot.take() {
-            Some(since) if !everything => {
-                let new = watch.look_new(&since, &names, NEW).await?;
-                if let Some(due) = new.due {
-                    let due = Instant::now() + due;
-                    self.timers.due = Some(self.timers.due.map_or(due, |known| known.min(due)));
-                }
-                if new.needy {
-                    self.timers.settle = now;
-                }
-                if new.count >= NEW as usize {
-                    self.timers.settle = now;
-                    None
-                } else {
-                    self.candidates.add(new.candidates);
-                    Some(new.snapshot)
-                }
-            }
-            Some(_) | None => None,
-        };
-        self.snapshot = match snapshot {
-            Some(snapshot) => Some(snapshot),
-            None => {
-                let (snapshot, found) = watch.look_all(&names, EACH as i32).await?;
-                self.candidates.replace(found);
-                self.timers.everything = now + self.shared.settings.poll;
-                Some(snapshot)
-            }
-        };
-        let tend = everything || now >= self.timers.lost;
-        if tend || control {
-            for (id, reason) in watch.cancels(&self.shared.hello.name).await? {
-                if let Some(active) = self.running.get(&id) {
-                    active.stop.cancel_build(reason);
-                }
-            }
-        }
-        if !self.running.is_empty() && now >= self.timers.askers {
-            self.timers.askers = now + ASKERS;
-            for id in watch.askers(&self.shared.hello.name).await? {
-                if let Some(active) = self.running.get(&id) {
-                    active.stop.step_aside();
-                }
-            }
-        }
-        if tend {
-            let unlocked = watch.unlocked().await?;
-            self.timers.lost = now + self.shared.settings.ping;
-            let running = &self.running;
-            for (id, worker) in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
-                let shared = Arc::clone(&self.shared);
-                self.tasks.spawn(async move { Finished::Recovery(id, attempt::recover(&shared, id, &worker).await) });
-            }
-        }
-        let was_accepting = self.not_accepting.is_none();
-        if tend {
-            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk);
-        }
-        if everything || control || was_accepting != self.not_accepting.is_none() {
-            self.report_in().await?;
-        }
-        if now >= self.timers.settle {
-            self.timers.settle = now + self.shared.settings.poll;
-            self.settle();
-        }
-        if everything || self.timers.blocked.is_some_and(|at| now >= at) {
-            self.blocked.clear();
-            self.timers.blocked = None;
-        }
-        Ok(())
-    }
-
-    async fn report_in(&mut self) -> Result<(), DatabaseError> {
-        let state = if self.leaving.is_some() { "draining" } else { "active" };
-        let hello = &self.shared.hello;
-        let heard = self.shared.database.hello(hello, state, self.not_accepting.as_deref(), !self.said_hello).await?;
-        self.others = heard.others;
-        if heard.drain && self.leaving.is_none() {
-            self.obey(Order::Drain);
-        }
-        let hello = &self.shared.hello;
-        if !self.said_hello {
-            self.said_hello = true;
-            tracing::info!(
-                worker = hello.name,
-                slots = hello.slots,
-                "worker {} is ready at {}",
-                hello.name,
-                self.shared.database.info().describe()
-            );
-            // As the last thing: whoever waits for this may enqueue now.
-            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                tracing::debug!(%error, "systemd was not told");
-            }
-        }
-        Ok(())
     }
 
     fn free_slots(&self) -> usize {
@@ -409,9 +300,10 @@ impl Reactor {
             let builder = builder.clone();
             let offer = self.candidates.first(&builder.name, OFFER);
             *self.claiming.entry(builder.name.clone()).or_default() += 1;
+            let occupied = self.occupied.get(&builder.name).cloned().unwrap_or_default();
             let (shared, progress) = (Arc::clone(&self.shared), self.progress.0.clone());
             self.tasks.spawn(async move {
-                let done = attempt(&shared, &builder, &offer, &progress).await;
+                let done = attempt(&shared, &builder, &occupied, &offer, &progress).await;
                 Finished::Attempt(builder.name, done)
             });
         }
@@ -468,6 +360,10 @@ impl Reactor {
     }
 
     fn finished(&mut self, finished: Result<Finished, tokio::task::JoinError>) {
+        // What it said before it ended comes first, or a build that has ended would be noted as running, for ever.
+        while let Ok(progress) = self.progress.1.try_recv() {
+            self.note(progress);
+        }
         match finished {
             Ok(Finished::Attempt(builder, done)) => self.attempt_done(&builder, done),
             Ok(Finished::Recovery(id, result)) => {
@@ -506,24 +402,25 @@ impl Reactor {
         match done {
             Done::BuilderBusy => {
                 self.claimed(builder);
-                self.blocked.insert(builder.to_owned());
-                self.timers.blocked = Some(Instant::now() + BUSY_ELSEWHERE);
+                self.block(builder, BUSY_ELSEWHERE);
             }
             Done::RowsGone(builds) => {
                 self.claimed(builder);
                 self.forget(&builds);
+                // Some may only have been locked for a moment; nothing else would bring them back before the poll.
+                self.look_again_within(AFTER_ROWS_GONE);
             }
             Done::Refused(build) => {
                 self.claimed(builder);
                 self.forget(&[build]);
-                // The builder has changed under us.
-                self.timers.everything = Instant::now();
+                // The builder has changed under us, or a build whose claim is lost has the slot. Not at once: it may last.
+                self.block(builder, BUSY_ELSEWHERE);
+                self.look_again_within(BUSY_ELSEWHERE);
             }
             Done::Failed(error) => {
                 self.claimed(builder);
                 tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
-                self.blocked.insert(builder.to_owned());
-                self.timers.blocked = Some(Instant::now() + AFTER_FAILURE);
+                self.block(builder, AFTER_FAILURE);
             }
             Done::Ended(id, recorded) => {
                 self.running.remove(&id);
@@ -537,6 +434,16 @@ impl Reactor {
                 self.wake_others();
             }
         }
+    }
+
+    fn block(&mut self, builder: &str, time: Duration) {
+        self.blocked.insert(builder.to_owned());
+        let until = Instant::now() + time;
+        self.timers.blocked = Some(self.timers.blocked.map_or(until, |at| at.min(until)));
+    }
+
+    fn look_again_within(&mut self, time: Duration) {
+        self.timers.everything = self.timers.everything.min(Instant::now() + time);
     }
 
     fn wake_others(&self) {

@@ -19,6 +19,9 @@ use tokio_util::task::AbortOnDropHandle;
 use super::keeper::LOCK;
 use super::protocol::{FromKeeper, Spec, Status, ToKeeper, VERSION};
 
+/// How long processes of an earlier daemon may take to die.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
+
 type Waiting = Arc<std::sync::Mutex<HashMap<String, oneshot::Sender<Status>>>>;
 
 /// Orders to a keeper that is started when there is none.
@@ -91,9 +94,15 @@ async fn say(orders: &mut OwnedWriteHalf, message: &ToKeeper) -> io::Result<()> 
 /// when its tree is gone.
 fn wait_for_earlier(dir: &Path) -> io::Result<()> {
     let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
-    if file.try_lock().is_err() {
-        tracing::info!(folder = %dir.display(), "waiting until the processes of an earlier daemon are gone");
-        file.lock()?;
+    let began = std::time::Instant::now();
+    while file.try_lock().is_err() {
+        if began.elapsed() > PATIENCE {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                format!("another daemon uses `{}`, or processes of its builds do not die", dir.display()),
+            ));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
     file.unlock()
 }

@@ -3,8 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
-
 use crate::model::Job;
 
 /// What scripts inherit from the daemon. Not its whole environment: that may hold the database's password.
@@ -32,14 +30,9 @@ pub fn of(job: &Job, workdir: &str, cache: &str, file: &str) -> Vec<(String, Str
     env.extend(job.env.iter().cloned());
     let mut room = MAX_PROPERTIES;
     for (name, value) in &job.properties {
-        let value = match value {
-            Value::String(text) => text.clone(),
-            Value::Null => String::new(),
-            Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
-        };
         if value.len() <= MAX_PROPERTY && value.len() + name.len() <= room && !value.contains('\0') {
             room -= value.len() + name.len();
-            env.insert(property_name(name), value);
+            env.insert(property_name(name), value.clone());
         }
     }
     let attempt = job.id.attempt.to_string();

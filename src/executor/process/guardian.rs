@@ -16,8 +16,8 @@ use nix::sys::prctl;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, getppid, setsid};
+use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use super::fork::with_no_signal_blocked;
 use super::protocol::{End, Spec, Status};
@@ -212,19 +212,20 @@ impl<'a> Guardian<'a> {
         }
     }
 
-    /// Collects dead children; true when none is left.
+    /// Collects dead children; true when none is left. By rustix: nix gives an error for a child that a real-time signal ended,
+    /// having reaped it.
     fn reap(&mut self) -> bool {
         loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) => return false,
-                Ok(status) => {
-                    if status.pid() == Some(self.leader) {
+            match wait(WaitOptions::NOHANG) {
+                Ok(None) => return false,
+                Ok(Some((pid, status))) => {
+                    if pid.as_raw_nonzero().get() == self.leader.as_raw() {
                         self.exit = Some(status);
                         // Its first process decides; what it left behind goes at once.
                         self.kill_now(End::Exited);
                     }
                 }
-                Err(Errno::EINTR) => {}
+                Err(rustix::io::Errno::INTR) => {}
                 Err(_) => return true,
             }
         }
@@ -273,11 +274,8 @@ impl<'a> Guardian<'a> {
 
     fn status(self, survivors: u32) -> Status {
         let (log_bytes, log_error) = self.log.end();
-        let (exit_code, term_signal) = match self.exit {
-            Some(WaitStatus::Exited(_, code)) => (Some(code), None),
-            Some(WaitStatus::Signaled(_, signal, _)) => (None, Some(signal as i32)),
-            _ => (None, None),
-        };
+        let exit_code = self.exit.and_then(|status| status.exit_status());
+        let term_signal = self.exit.and_then(|status| status.terminating_signal());
         let end = match self.phase {
             Phase::Running => End::Exited,
             Phase::Terminating { end, .. } | Phase::Killing { end, .. } => end,

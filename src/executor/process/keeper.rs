@@ -6,21 +6,21 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, getpid};
+use rustix::process::{WaitOptions, wait};
 
 use super::fork::fork_single_threaded;
-use super::guardian::{KILL_NOW, STATUS, STOP, guard, leave_status};
+use super::guardian::{KILL_NOW, STOP, guard, leave_status};
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
 use super::tree::descendants;
 
@@ -40,7 +40,13 @@ pub fn keep(dir: &Path) -> ExitCode {
 
 struct Keeper {
     daemon: UnixStream,
-    guardians: HashMap<Pid, (String, PathBuf)>,
+    guardians: HashMap<Pid, Guardian>,
+}
+
+struct Guardian {
+    id: String,
+    /// Where it leaves its status: a pipe, because a disk may be full.
+    status: std::io::PipeReader,
 }
 
 fn run(dir: &Path) -> std::io::Result<()> {
@@ -99,8 +105,8 @@ impl Keeper {
         match serde_json::from_str(line) {
             Ok(ToKeeper::Start(spec)) => self.start(&spec),
             Ok(ToKeeper::Stop { id }) => {
-                for (pid, (known, _)) in &self.guardians {
-                    if *known == id {
+                for (pid, guardian) in &self.guardians {
+                    if guardian.id == id {
                         let _gone = kill(*pid, STOP);
                     }
                 }
@@ -111,17 +117,21 @@ impl Keeper {
 
     fn start(&mut self, spec: &Spec) {
         let keeper = getpid();
-        match fork_single_threaded() {
-            Ok(ForkResult::Parent { child }) => {
-                self.guardians.insert(child, (spec.id.clone(), spec.dir.clone()));
+        let forked = std::io::pipe().and_then(|(reader, writer)| Ok((reader, writer, fork_single_threaded()?)));
+        match forked {
+            Ok((status, _, ForkResult::Parent { child })) => {
+                self.guardians.insert(child, Guardian { id: spec.id.clone(), status });
             }
-            Ok(ForkResult::Child) => {
+            Ok((_, mut writer, ForkResult::Child)) => {
                 let _named = prctl::set_name(c"br-guardian");
                 // It keeps a copy of the daemon's connection on purpose: when the keeper dies, the daemon sees the end of
                 // it only when the last guardian is gone too, and with it its tree.
                 let status = guard(spec, keeper);
-                let left = leave_status(&spec.dir, &status);
-                std::process::exit(i32::from(left.is_err()));
+                // For whoever looks at the folder later; the keeper reads the pipe.
+                let _noted = leave_status(&spec.dir, &status);
+                let told =
+                    serde_json::to_vec(&status).map_err(std::io::Error::from).and_then(|text| writer.write_all(&text));
+                std::process::exit(i32::from(told.is_err()));
             }
             Err(error) => {
                 let status = Status::without_process(End::NotStarted(format!("fork: {error}")));
@@ -133,20 +143,21 @@ impl Keeper {
     /// Collects guardians that have ended, and kills orphans of those that vanished.
     fn reap(&mut self) {
         loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) => break,
-                Ok(status) => {
-                    let Some((id, dir)) = status.pid().and_then(|pid| self.guardians.remove(&pid)) else { continue };
-                    let known =
-                        std::fs::read(dir.join(STATUS)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, _))) => {
+                    let pid = Pid::from_raw(pid.as_raw_nonzero().get());
+                    let Some(mut guardian) = self.guardians.remove(&pid) else { continue };
+                    let mut text = Vec::new();
+                    let read = guardian.status.read_to_end(&mut text);
+                    let known = read.ok().and_then(|_| serde_json::from_slice(&text).ok());
                     let status = known.unwrap_or_else(|| {
                         self.kill_orphans();
                         Status::without_process(End::GuardianGone)
                     });
-                    self.say(&FromKeeper::Ended { id, status });
+                    self.say(&FromKeeper::Ended { id: guardian.id, status });
                 }
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(None) | Err(_) => break,
             }
         }
     }
@@ -164,9 +175,14 @@ impl Keeper {
             if orphans.is_empty() {
                 return;
             }
+            for pid in &orphans {
+                let _gone = kill(*pid, Signal::SIGKILL);
+            }
+            // Reaped here: a zombie of ours still counts as a descendant. Guardians among them are ours to tell of.
             for pid in orphans {
-                let _gone = kill(pid, Signal::SIGKILL);
-                let _reaped = waitpid(pid, Some(WaitPidFlag::WNOHANG));
+                if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
+                    let _reaped = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
+                }
             }
             std::thread::sleep(std::time::Duration::from_millis(5));
         }

@@ -1,0 +1,146 @@
+//! The looks at the queue: what is new, what is due, what has lost its owner, what people ask for.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::candidates::EACH;
+use super::eligible::{matches, short_of_disk};
+use super::{AFTER_FAILURE, ASKERS, Finished, NEW, Order, PROMOTE, Reactor, attempt};
+use crate::database::DatabaseError;
+use crate::model::Builder;
+use crate::report::Chain;
+
+impl Reactor {
+    /// Looks at what is due: everything, or what is new.
+    pub(super) async fn look(&mut self) -> Result<(), DatabaseError> {
+        let Some(watch) = &self.watch else { return Ok(()) };
+        let now = Instant::now();
+        let mut everything = now >= self.timers.everything || self.snapshot.is_none();
+        let control = self.news.take_control();
+        if control || everything {
+            let builders = watch.builders(&self.shared.hello.labels).await?;
+            let patterns = &self.shared.settings.builders;
+            let mine: Vec<Builder> =
+                builders.into_iter().filter(|builder| patterns.iter().any(|p| matches(p, &builder.name))).collect();
+            // A new builder's rows were passed over by every look before.
+            everything |= mine != self.builders;
+            self.builders = mine;
+        }
+        if everything || self.timers.due.is_some_and(|due| now >= due) {
+            let (promoted, due) = watch.promote(PROMOTE).await?;
+            // Overdue and not made ready: somebody holds the row.
+            let due = if promoted == 0 { due.map(|due| due.max(AFTER_FAILURE)) } else { due };
+            self.timers.due = due.map(|due| Instant::now() + due);
+            if promoted > 0 && self.free_slots() == 0 {
+                self.wake_others();
+            }
+        }
+        let names: Vec<String> = self.builders.iter().map(|builder| builder.name.clone()).collect();
+        let snapshot = match self.snapshot.take() {
+            Some(since) if !everything => {
+                let new = watch.look_new(&since, &names, NEW).await?;
+                if let Some(due) = new.due {
+                    let due = Instant::now() + due;
+                    self.timers.due = Some(self.timers.due.map_or(due, |known| known.min(due)));
+                }
+                if new.needy {
+                    self.timers.settle = now;
+                }
+                if new.count >= NEW as usize {
+                    self.timers.settle = now;
+                    None
+                } else {
+                    self.candidates.add(new.candidates);
+                    Some(new.snapshot)
+                }
+            }
+            Some(_) | None => None,
+        };
+        self.snapshot = match snapshot {
+            Some(snapshot) => Some(snapshot),
+            None => {
+                let (snapshot, found) = watch.look_all(&names, EACH as i32).await?;
+                self.candidates.replace(found);
+                self.timers.everything = now + self.shared.settings.poll;
+                Some(snapshot)
+            }
+        };
+        let tend = everything || now >= self.timers.lost;
+        if tend || control {
+            for (id, reason) in watch.cancels(&self.shared.hello.name).await? {
+                if let Some(active) = self.running.get(&id) {
+                    active.stop.cancel_build(reason);
+                }
+            }
+        }
+        if !self.running.is_empty() && now >= self.timers.askers {
+            self.timers.askers = now + ASKERS;
+            for id in watch.askers(&self.shared.hello.name).await? {
+                if let Some(active) = self.running.get(&id) {
+                    active.stop.step_aside();
+                }
+            }
+        }
+        if tend {
+            let unlocked = watch.unlocked().await?;
+            self.occupied.clear();
+            for build in &unlocked {
+                self.occupied.entry(build.builder.clone()).or_default().push(build.slot);
+                // Its row can be locked, but not claimed: that would be refused.
+                self.candidates.remove(build.id.build);
+            }
+            self.timers.lost = now + self.shared.settings.ping;
+            let running = &self.running;
+            for (id, worker) in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
+                let shared = Arc::clone(&self.shared);
+                self.tasks.spawn(async move { Finished::Recovery(id, attempt::recover(&shared, id, &worker).await) });
+            }
+        }
+        let was_accepting = self.not_accepting.is_none();
+        if tend {
+            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk);
+        }
+        if everything || control || was_accepting != self.not_accepting.is_none() {
+            // Through another connection: its trouble is not this one's.
+            if let Err(error) = self.report_in().await {
+                tracing::warn!("{}", Chain(&error));
+            }
+        }
+        if now >= self.timers.settle {
+            self.timers.settle = now + self.shared.settings.poll;
+            self.settle();
+        }
+        if everything || self.timers.blocked.is_some_and(|at| now >= at) {
+            self.blocked.clear();
+            self.timers.blocked = None;
+        }
+        Ok(())
+    }
+
+    async fn report_in(&mut self) -> Result<(), DatabaseError> {
+        let state = if self.leaving.is_some() { "draining" } else { "active" };
+        let hello = &self.shared.hello;
+        let heard = self.shared.database.hello(hello, state, self.not_accepting.as_deref(), !self.said_hello).await?;
+        self.others = heard.others;
+        if heard.drain && self.leaving.is_none() {
+            self.obey(Order::Drain);
+        }
+        let hello = &self.shared.hello;
+        if !self.said_hello {
+            self.said_hello = true;
+            tracing::info!(
+                worker = hello.name,
+                slots = hello.slots,
+                "worker {} is ready at {}",
+                hello.name,
+                self.shared.database.info().describe()
+            );
+            // As the last thing: whoever waits for this may enqueue now.
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                tracing::debug!(%error, "systemd was not told");
+            }
+        }
+        Ok(())
+    }
+}
