@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use buildreactor::database::{Claim, ConnInfo, Database, News, SessionLimits, Tried, Watch, migrate};
 use buildreactor::embedded::{Options, Server};
-use buildreactor::model::{AttemptId, BuildId, Builder, Ended, Outcome};
+use buildreactor::model::{AttemptId, BuildId, Builder, Ended, Locks, Outcome};
 use buildreactor::reactor::candidates::{Candidates, EACH};
 
 const SAMPLES: usize = 400;
@@ -92,7 +92,7 @@ impl Bench {
             let new = self.watch.look_new(&since, &names, 1000).await.unwrap();
             let tried = claim.take(&builder, &[], &[new.candidates[0].build]).await.unwrap();
             times.push(began.elapsed());
-            assert_eq!(tried, Tried::Claimed { build: id, slot: 1 });
+            assert_eq!(tried, Tried::Claimed { build: id, slot: 1, lock_units: vec![] });
             since = new.snapshot;
             self.record(claim, id).await;
         }
@@ -125,7 +125,7 @@ impl Bench {
     }
 
     async fn record(&self, mut claim: Claim, build: BuildId) {
-        let job = self.database.begin_attempt(build, "bench", 1, &[]).await.unwrap().unwrap();
+        let job = self.database.begin_attempt(build, "bench", 1, &[], &[]).await.unwrap().unwrap();
         let ended = Ended { outcome: Outcome::Passed, exit: None, detail: None, usage: None, log_bytes: None };
         assert!(claim.record(AttemptId { build, attempt: job.id.attempt }, &ended).await.unwrap().is_some());
         claim.finish();
@@ -150,9 +150,9 @@ impl Bench {
         let id = BuildId(self.client.query_one(insert, &[]).await.unwrap().get(0));
         let mut claim = self.database.claim().await.unwrap();
         // A slot that nobody else asks for.
-        let aside = Builder { name: "b40".into(), number: 999_999, max_running: 1 };
+        let aside = Builder { name: "b40".into(), number: 999_999, max_running: 1, locks: Locks::default() };
         assert!(matches!(claim.take(&aside, &[], &[id]).await.unwrap(), Tried::Claimed { .. }));
-        self.database.begin_attempt(id, "bench", 1, &[]).await.unwrap().unwrap();
+        self.database.begin_attempt(id, "bench", 1, &[], &[]).await.unwrap().unwrap();
         claim
     }
 

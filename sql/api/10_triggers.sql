@@ -313,6 +313,40 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION builders_changed() IS 'Trigger: NOTIFY build_control, so that a change of a builder takes effect at once.';
 
+CREATE OR REPLACE FUNCTION builder_locks_known() RETURNS trigger
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    missing text;
+BEGIN
+    SELECT n INTO missing FROM unnest(NEW.locks) AS n WHERE NOT EXISTS (SELECT FROM build_locks l WHERE l.name = n) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'builder "%" names the lock "%", which does not exist', NEW.name, missing USING
+            ERRCODE = 'foreign_key_violation', HINT = format('INSERT INTO build_locks (name, capacity) VALUES (%L, 1);', missing);
+    END IF;
+    NEW.locks := ARRAY(SELECT DISTINCT n FROM unnest(NEW.locks) AS n ORDER BY n);
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION builder_locks_known() IS 'Trigger: builders.locks names build_locks, each once.';
+
+CREATE OR REPLACE FUNCTION build_locks_unused() RETURNS trigger
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    builder text;
+BEGIN
+    SELECT r.name INTO builder FROM builders r WHERE OLD.name = ANY (r.locks) LIMIT 1;
+    IF FOUND AND (TG_OP = 'DELETE' OR NEW.name <> OLD.name) THEN
+        RAISE EXCEPTION 'lock "%" is named by builder "%"', OLD.name, builder USING
+            ERRCODE = 'foreign_key_violation', HINT = 'Take it out of builders.locks first.';
+    END IF;
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION build_locks_unused() IS 'Trigger: a lock that a builder names is neither deleted nor renamed.';
+
 CREATE OR REPLACE FUNCTION builds_insert() RETURNS trigger
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
@@ -358,6 +392,9 @@ CREATE OR REPLACE TRIGGER a_delete AFTER DELETE ON build_queue FOR EACH ROW
 CREATE OR REPLACE TRIGGER a_truncate BEFORE TRUNCATE ON build_queue FOR EACH STATEMENT EXECUTE FUNCTION build_queue_truncate();
 CREATE OR REPLACE TRIGGER build_queue_wake AFTER INSERT OR UPDATE ON build_queue FOR EACH STATEMENT
     WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_wake();
+CREATE OR REPLACE TRIGGER a_locks BEFORE INSERT OR UPDATE OF locks ON builders FOR EACH ROW WHEN (NEW.locks <> '{}') EXECUTE FUNCTION builder_locks_known();
+CREATE OR REPLACE TRIGGER a_unused BEFORE UPDATE OR DELETE ON build_locks FOR EACH ROW EXECUTE FUNCTION build_locks_unused();
+CREATE OR REPLACE TRIGGER locks_changed AFTER INSERT OR UPDATE OR DELETE ON build_locks FOR EACH STATEMENT EXECUTE FUNCTION builders_changed();
 CREATE OR REPLACE TRIGGER builders_changed AFTER INSERT OR UPDATE OR DELETE ON builders FOR EACH STATEMENT EXECUTE FUNCTION builders_changed();
 CREATE OR REPLACE TRIGGER ended AFTER UPDATE OF state ON builds FOR EACH ROW
     WHEN (build_state_is_final(NEW.state) AND NOT build_state_is_final(OLD.state)) EXECUTE FUNCTION build_ended();

@@ -160,6 +160,12 @@ WITH waiting AS (
                    WHERE w.status = 'active' AND r.labels <@ w.labels AND w.accepting AND w.running < w.slots
                      AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS idle
     FROM builders r
+), lock_use AS MATERIALIZED (
+    SELECT l.name, l.capacity, count(u.objid) AS used
+    FROM build_locks l
+    LEFT JOIN pg_locks u ON u.locktype = 'advisory' AND u.objsubid = 2 AND u.granted AND u.classid::bigint = 4294966296 - l.number
+        AND u.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    GROUP BY l.name, l.capacity
 ), status AS MATERIALIZED (
     -- Not its count of waiting rows, which would be taken anew for each builder.
     SELECT builder, status, slots_used, max_running, paused_reason FROM builder_status
@@ -186,6 +192,9 @@ SELECT w.build_id,
             WHEN NOT o.fitting THEN 'no worker with its labels (' || array_to_string(r.labels, ', ') || ') and builder name'
             WHEN NOT o.accepting THEN o.refusal
             WHEN s.slots_used >= s.max_running THEN 'builder ' || w.builder || ' is busy (' || s.slots_used || ' of ' || s.max_running || ')'
+            WHEN EXISTS (SELECT FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity) THEN 'waits for lock ' || (
+                SELECT string_agg(format('%s (%s of %s in use)', u.name, u.used, u.capacity), ', ' ORDER BY u.name)
+                FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity)
             WHEN NOT o.idle THEN 'all fitting workers are busy'
             WHEN w.position > 1 THEN 'its turn comes'
             ELSE 'about to start'

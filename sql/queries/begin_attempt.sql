@@ -1,6 +1,7 @@
 -- Makes an attempt visible before its first process runs. Runs in a short transaction of its own, while the claim's
 -- transaction holds the queue row. No row comes back when the builder no longer allows it.
 -- $1 bigint  build    $2 text  worker    $3 integer  builder slot held    $4 text[]  labels of the worker
+-- $5 text[]  units of build_locks held
 -- Locks: the builds row, for the length of this statement.
 WITH builder AS MATERIALIZED (
     SELECT r.* FROM build_queue q JOIN builders r ON r.name = q.builder
@@ -8,6 +9,11 @@ WITH builder AS MATERIALIZED (
       -- A running build keeps its slot when its claim is lost for a while, and with it the lock on the slot.
       AND NOT EXISTS (SELECT FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
                       WHERE x.state = 'running' AND x.builder = r.name AND a.slot = $3)
+      -- Likewise the units of its locks.
+      AND NOT EXISTS (SELECT FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+                      WHERE $5::text[] <> '{}' AND x.state = 'running' AND a.lock_units && $5)
+      -- Nor was a lock added since the claim.
+      AND cardinality(r.locks) = cardinality($5)
       -- Builds in slots above a limit that was lowered count against it from the top.
       AND $3 + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
                 WHERE x.state = 'running' AND x.builder = r.name AND a.slot > r.max_running) <= r.max_running
@@ -21,8 +27,8 @@ WITH builder AS MATERIALIZED (
     WHERE b.id = $1 AND b.state <> 'running' AND b.cancel_requested_at IS NULL
     RETURNING b.attempt, b.started_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
-    INSERT INTO build_attempts (build_id, attempt, worker, started_at, slot)
-    SELECT $1, s.attempt, $2, s.started_at, $3 FROM started s
+    INSERT INTO build_attempts (build_id, attempt, worker, started_at, slot, lock_units)
+    SELECT $1, s.attempt, $2, s.started_at, $3, $5 FROM started s
 )
 SELECT s.attempt, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
        -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.

@@ -1,7 +1,22 @@
--- Takes one free slot of a builder, for the length of the claim's transaction, and leaves word of it for claim_row.sql.
+-- Takes one free slot of a builder and one unit of each of its locks, for the length of the claim's transaction, and leaves word
+-- of success for claim_row.sql.
 -- $1 integer  builders.number
 -- $2 integer  builders.max_running
 -- $3 integer[]  slots of running builds whose claim is lost at the moment: not free, though nobody holds their lock
--- Locks: one advisory transaction lock ($1, slot). The cap holds over all workers because the slots are locks, not counters.
-SELECT slot, set_config('buildreactor.slot', slot::text, true)
-FROM (SELECT slot FROM generate_series(1, $2) AS slot WHERE slot <> ALL ($3) AND pg_try_advisory_xact_lock($1, slot) LIMIT 1) s
+-- $4 integer[]  numbers of its build_locks    $5 integer[]  their capacities    $6 text[]  their names
+-- Locks: advisory transaction locks ($1, slot) and (-1000 - number, unit), all of them tried and none waited for, so there is no
+-- deadlock. The caps hold over all workers because they are locks, not counters.
+WITH slot AS MATERIALIZED (
+    SELECT slot FROM generate_series(1, $2) AS slot WHERE slot <> ALL ($3) AND pg_try_advisory_xact_lock($1, slot) LIMIT 1
+), units AS MATERIALIZED (
+    SELECT l.name || '#' || u.unit AS unit
+    FROM slot CROSS JOIN unnest($4::integer[], $5::integer[], $6::text[]) AS l(number, capacity, name)
+    CROSS JOIN LATERAL (
+        SELECT unit FROM generate_series(1, l.capacity) AS unit WHERE pg_try_advisory_xact_lock(-1000 - l.number, unit) LIMIT 1
+    ) u
+), taken AS MATERIALIZED (
+    SELECT coalesce(array_agg(unit), '{}') AS lock_units FROM units
+)
+SELECT slot, lock_units, cardinality(lock_units) = cardinality($4) AS locked,
+       set_config('buildreactor.slot', CASE WHEN cardinality(lock_units) = cardinality($4) THEN slot::text ELSE '' END, true)
+FROM slot CROSS JOIN taken

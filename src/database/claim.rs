@@ -29,9 +29,13 @@ pub enum Tried {
         build: BuildId,
         /// The builder's slot, from 1.
         slot: i32,
+        /// Units of its locks (`NAME#UNIT`).
+        lock_units: Vec<String>,
     },
     /// Every slot of the builder is held, here or elsewhere.
     BuilderBusy,
+    /// A slot was free, but not a unit of each of the builder's locks.
+    LocksBusy,
     /// None of the candidates is there, ready and unlocked any more.
     RowsGone,
 }
@@ -54,7 +58,7 @@ impl Claim {
     }
 
     /// Opens the transaction, takes a slot of `builder` that is not `occupied` (by a build whose claim is lost) and locks the first of `candidates` that is free: one round trip.
-    /// On [`Tried::BuilderBusy`] and [`Tried::RowsGone`] the transaction is rolled back.
+    /// On all but [`Tried::Claimed`] the transaction is rolled back.
     ///
     /// # Errors
     /// The connection is gone or the server refused; then nothing is held.
@@ -70,7 +74,9 @@ impl Claim {
         // Pipelined: sent together, answered in order. The last, by the simple protocol, closes the portal of the one
         // before, whose snapshot would otherwise stay open with the transaction and make every
         // CREATE INDEX CONCURRENTLY in the database wait for this build.
-        let slot_of: [&(dyn ToSql + Sync); 3] = [&builder.number, &builder.max_running, &occupied];
+        let locks = &builder.locks;
+        let slot_of: [&(dyn ToSql + Sync); 6] =
+            [&builder.number, &builder.max_running, &occupied, &locks.numbers, &locks.capacities, &locks.names];
         let row_of: [&(dyn ToSql + Sync); 1] = [&ids];
         let (begun, slot, saved, row, closed) = answered(STEP, async {
             Ok(tokio::join!(
@@ -89,14 +95,18 @@ impl Claim {
         let row = row.map_err(failed)?;
         closed.map_err(failed)?;
         match (slot, row) {
-            (Some(slot), Some(row)) => Ok(Tried::Claimed { build: BuildId(row.get(0)), slot: slot.get(0) }),
+            (Some(slot), Some(row)) => Ok(Tried::Claimed {
+                build: BuildId(row.get(0)),
+                slot: slot.get("slot"),
+                lock_units: slot.get("lock_units"),
+            }),
             (None, _) => {
                 self.release().await?;
                 Ok(Tried::BuilderBusy)
             }
-            (Some(_), None) => {
+            (Some(slot), None) => {
                 self.release().await?;
-                Ok(Tried::RowsGone)
+                Ok(if slot.get("locked") { Tried::RowsGone } else { Tried::LocksBusy })
             }
         }
     }

@@ -102,12 +102,15 @@ impl Database {
         build: BuildId,
         worker: &str,
         slot: i32,
+        lock_units: &[String],
         labels: &[String],
     ) -> Result<Option<Job>> {
         const STEP: &str = "start an attempt";
         let session = self.work().await?;
         let sql = answered(STEP, session.prepare_cached(BEGIN_ATTEMPT)).await?;
-        let Some(row) = answered(STEP, session.query_opt(&sql, &[&build.0, &worker, &slot, &labels])).await? else {
+        let Some(row) =
+            answered(STEP, session.query_opt(&sql, &[&build.0, &worker, &slot, &labels, &lock_units])).await?
+        else {
             return Ok(None);
         };
         let pairs = |names: &str, values: &str| -> Vec<(String, String)> {

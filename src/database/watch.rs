@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{ConnInfo, Database, DatabaseError, Result, answered, queries};
-use crate::model::{AttemptId, BuildId, Builder, Candidate, Unlocked};
+use crate::model::{AttemptId, BuildId, Builder, Candidate, Locks, Unlocked};
 
 /// Class of the advisory locks on workers' names (as `classid` 4294967294 in `pg_locks`). Builders' slots use positive
 /// classes, so ours are negative; -1 is for `migrate`.
@@ -175,6 +175,11 @@ impl Watch {
                 name: row.get("name"),
                 number: row.get("number"),
                 max_running: row.get("max_running"),
+                locks: Locks {
+                    names: row.get("locks"),
+                    numbers: row.get("lock_numbers"),
+                    capacities: row.get("lock_capacities"),
+                },
             })
             .collect())
     }

@@ -42,6 +42,19 @@ pub struct Builder {
     pub number: i32,
     /// How many of its builds run at once, over all workers.
     pub max_running: i32,
+    /// Locks of which each of its builds holds one unit.
+    pub locks: Locks,
+}
+
+/// The locks of a builder, in the order of their names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Locks {
+    /// `build_locks.name`.
+    pub names: Vec<String>,
+    /// Keys of their units' advisory locks.
+    pub numbers: Vec<i32>,
+    /// Units of each.
+    pub capacities: Vec<i32>,
 }
 
 /// A row of `build_queue` that may be claimed.

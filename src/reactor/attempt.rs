@@ -63,6 +63,8 @@ impl Stop {
 pub enum Done {
     /// No slot of the builder was free anywhere.
     BuilderBusy,
+    /// Not all of the builder's locks had a free unit.
+    LocksBusy,
     /// These candidates are gone or locked by others.
     RowsGone(Vec<BuildId>),
     /// The builder no longer allows it (paused, fewer slots, other labels), or the row was not waiting.
@@ -88,11 +90,15 @@ pub async fn attempt(
         Ok(claim) => claim,
         Err(error) => return Done::Failed(error),
     };
-    let (build, slot) = match claim.take(builder, occupied, candidates).await {
-        Ok(Tried::Claimed { build, slot }) => (build, slot),
+    let (build, slot, lock_units) = match claim.take(builder, occupied, candidates).await {
+        Ok(Tried::Claimed { build, slot, lock_units }) => (build, slot, lock_units),
         Ok(Tried::BuilderBusy) => {
             claim.finish();
             return Done::BuilderBusy;
+        }
+        Ok(Tried::LocksBusy) => {
+            claim.finish();
+            return Done::LocksBusy;
         }
         Ok(Tried::RowsGone) => {
             claim.finish();
@@ -100,7 +106,7 @@ pub async fn attempt(
         }
         Err(error) => return Done::Failed(error),
     };
-    let begun = shared.database.begin_attempt(build, &shared.hello.name, slot, &shared.hello.labels).await;
+    let begun = shared.database.begin_attempt(build, &shared.hello.name, slot, &lock_units, &shared.hello.labels).await;
     let mut job = match begun {
         Ok(Some(job)) => job,
         Ok(None) => {

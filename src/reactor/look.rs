@@ -112,8 +112,7 @@ impl Reactor {
             self.settle();
         }
         if everything || self.timers.blocked.is_some_and(|at| now >= at) {
-            self.blocked.clear();
-            self.timers.blocked = None;
+            self.unblock();
         }
         Ok(())
     }

@@ -112,6 +112,8 @@ pub struct Reactor {
     occupied: HashMap<String, Vec<i32>>,
     /// Builders that were busy elsewhere, or failed, at the last try.
     blocked: HashSet<String>,
+    /// Those of them that wait for their locks, which are kept for them: see `fill`.
+    short_of_locks: HashSet<String>,
     running: HashMap<AttemptId, Active>,
     /// Claims under way, by builder.
     claiming: HashMap<String, usize>,
@@ -183,6 +185,7 @@ impl Reactor {
             candidates: Candidates::default(),
             occupied: HashMap::new(),
             blocked: HashSet::new(),
+            short_of_locks: HashSet::new(),
             running: HashMap::new(),
             claiming: HashMap::new(),
             lost,
@@ -285,17 +288,26 @@ impl Reactor {
             for active in self.running.values() {
                 *own.entry(&active.builder).or_default() += 1;
             }
-            let best = self
-                .builders
-                .iter()
-                .filter(|b| !self.blocked.contains(&b.name))
-                .filter(|b| {
-                    own.get(b.name.as_str()).copied().unwrap_or(0) < usize::try_from(b.max_running).unwrap_or(0)
-                })
-                // One claim of a builder at a time: two would offer the same candidates.
-                .filter(|b| !self.claiming.contains_key(&b.name))
-                .filter_map(|b| Some((self.candidates.rank(&b.name)?, b)))
-                .min_by_key(|(rank, _)| *rank);
+            // One claim of a builder at a time: two would offer the same candidates.
+            let may = |b: &Builder| {
+                !self.blocked.contains(&b.name)
+                    && !self.claiming.contains_key(&b.name)
+                    && own.get(b.name.as_str()).copied().unwrap_or(0) < usize::try_from(b.max_running).unwrap_or(0)
+            };
+            let mut ranked: Vec<_> =
+                self.builders.iter().filter_map(|b| Some((self.candidates.rank(&b.name)?, b))).collect();
+            ranked.sort_by_key(|(rank, _)| *rank);
+            // Locks that a build further ahead waits for are kept for it, or one that needs two would wait for ever
+            // while those that need one of them take turns.
+            let mut kept = HashSet::new();
+            let best = ranked.into_iter().find(|(_, b)| {
+                let free = b.locks.numbers.iter().all(|lock| !kept.contains(lock));
+                // Also while its claim is under way, which these must not race.
+                if self.short_of_locks.contains(&b.name) || self.claiming.contains_key(&b.name) {
+                    kept.extend(b.locks.numbers.iter().copied());
+                }
+                free && may(b)
+            });
             let Some((_, builder)) = best else { return };
             let builder = builder.clone();
             let offer = self.candidates.first(&builder.name, OFFER);
@@ -327,7 +339,7 @@ impl Reactor {
             Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => self.finished(finished),
             Some(order) = self.orders.recv() => self.obey(order),
             // Any wake may mean that a builder is idle again.
-            () = self.news.wait() => self.blocked.clear(),
+            () = self.news.wait() => self.unblock(),
             () = tokio::time::sleep_until(wake_at), if tending => {}
         }
         // Whatever else has happened meanwhile, before looking once for all of it.
@@ -342,6 +354,7 @@ impl Reactor {
     fn note(&mut self, progress: Progress) {
         let Progress::Started { builder, id, stop } = progress;
         self.claimed(&builder);
+        self.short_of_locks.remove(&builder);
         self.candidates.remove(id.build);
         if self.leaving == Some(Order::Stop) {
             stop.give_back();
@@ -402,7 +415,13 @@ impl Reactor {
         match done {
             Done::BuilderBusy => {
                 self.claimed(builder);
+                self.short_of_locks.remove(builder);
                 self.block(builder, BUSY_ELSEWHERE);
+            }
+            Done::LocksBusy => {
+                self.claimed(builder);
+                self.block(builder, BUSY_ELSEWHERE);
+                self.short_of_locks.insert(builder.to_owned());
             }
             Done::RowsGone(builds) => {
                 self.claimed(builder);
@@ -428,12 +447,22 @@ impl Reactor {
                     self.plan_retry(recorded);
                 }
                 self.blocked.remove(builder);
+                // It may have held what these wait for.
+                for waiting in &self.short_of_locks {
+                    self.blocked.remove(waiting);
+                }
                 self.fill();
                 // Others are not told by a NOTIFY of the result's own: a slot of this builder may be free for them.
                 // Likewise of builds that it released, which may be for others.
                 self.wake_others();
             }
         }
+    }
+
+    fn unblock(&mut self) {
+        self.blocked.clear();
+        self.short_of_locks.clear();
+        self.timers.blocked = None;
     }
 
     fn block(&mut self, builder: &str, time: Duration) {
