@@ -5,6 +5,7 @@ mod claims;
 mod commands_check;
 mod commands_watch;
 mod conninfo_tls;
+mod deploy;
 mod faults;
 mod logs;
 mod process;

