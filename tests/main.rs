@@ -10,6 +10,7 @@ mod faults;
 mod logs;
 mod process;
 mod queue;
+mod schedules;
 mod sql;
 mod structure;
 mod support;

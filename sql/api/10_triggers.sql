@@ -379,6 +379,55 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION builds_delete() IS 'Trigger: refuses to delete a build that waits or runs.';
 
+CREATE OR REPLACE FUNCTION build_schedules_change() RETURNS trigger
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+DECLARE
+    zone text;
+    moved boolean := true;
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        moved := NEW.cron <> OLD.cron OR NEW.time_zone <> OLD.time_zone OR NEW.enabled <> OLD.enabled;
+    END IF;
+    IF NOT EXISTS (SELECT FROM builders b WHERE b.name = NEW.builder) THEN
+        RAISE EXCEPTION 'there is no builder "%"', NEW.builder USING
+            ERRCODE = 'foreign_key_violation',
+            HINT = 'SELECT name FROM builders; shows what there is. A new one: INSERT INTO builders (name, script) VALUES (''NAME'', ''SCRIPT'');';
+    END IF;
+    IF moved THEN
+        -- Letters and signs only: what they mean is for the daemons, which disable a schedule that they do not understand.
+        IF NEW.cron !~ '^\s*([0-9A-Za-z*?,/#-]+\s+){4}[0-9A-Za-z*?,/#-]+\s*$' THEN
+            RAISE EXCEPTION 'cron must have 5 fields, not "%"', NEW.cron USING
+                ERRCODE = 'check_violation',
+                HINT = 'Minute, hour, day of month, month, day of week: ''30 2 * * *'' is 02:30 each night, ''0 * * * *'' each hour, ''0 6 * * MON-FRI'' 06:00 on working days.';
+        END IF;
+        SELECT z.name INTO zone FROM pg_timezone_names z WHERE lower(z.name) = lower(NEW.time_zone) LIMIT 1;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'there is no time zone "%"', NEW.time_zone USING
+                ERRCODE = 'check_violation',
+                HINT = 'SELECT name FROM pg_timezone_names; shows what there is, for example UTC, Europe/Berlin, America/New_York.';
+        END IF;
+        NEW.time_zone := zone;
+    END IF;
+    IF NOT NEW.enabled OR (TG_OP = 'UPDATE' AND moved) THEN
+        NEW.next_at := NULL;
+    END IF;
+    IF NEW.enabled AND moved THEN
+        NEW.detail := NULL;
+    END IF;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION build_schedules_change() IS 'Trigger: checks a schedule that a person writes; a changed one is planned anew.';
+
+CREATE OR REPLACE FUNCTION build_schedules_changed() RETURNS trigger
+    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+#variable_conflict use_variable
+BEGIN
+    PERFORM pg_notify('build_control', 'schedules');
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION build_schedules_changed() IS 'Trigger: NOTIFY build_control, so that a change of a schedule takes effect at once.';
+
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON build_queue FOR EACH ROW EXECUTE FUNCTION build_queue_insert();
 CREATE OR REPLACE TRIGGER a_update BEFORE UPDATE ON build_queue FOR EACH ROW EXECUTE FUNCTION build_queue_update();
 CREATE OR REPLACE TRIGGER a_ask BEFORE UPDATE OR DELETE ON build_queue FOR EACH STATEMENT
@@ -400,3 +449,7 @@ CREATE OR REPLACE TRIGGER ended AFTER UPDATE OF state ON builds FOR EACH ROW
     WHEN (build_state_is_final(NEW.state) AND NOT build_state_is_final(OLD.state)) EXECUTE FUNCTION build_ended();
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON builds FOR EACH ROW EXECUTE FUNCTION builds_insert();
 CREATE OR REPLACE TRIGGER a_delete BEFORE DELETE ON builds FOR EACH ROW EXECUTE FUNCTION builds_delete();
+CREATE OR REPLACE TRIGGER a_change BEFORE INSERT OR UPDATE ON build_schedules FOR EACH ROW
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_schedules_change();
+CREATE OR REPLACE TRIGGER build_schedules_changed AFTER INSERT OR UPDATE OR DELETE ON build_schedules FOR EACH STATEMENT
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_schedules_changed();

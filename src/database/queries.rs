@@ -41,6 +41,13 @@ statements! {
     READ_RUNNING = "read_running.sql";
     READ_WORKERS = "read_workers.sql";
     RECORD_RESULT = "record_result.sql";
+    SCHEDULE_DONE = "schedule_done.sql";
+    SCHEDULE_DUE = "schedule_due.sql";
+    SCHEDULE_ENQUEUE = "schedule_enqueue.sql";
+    SCHEDULE_LOCK = "schedule_lock.sql";
+    SCHEDULE_PLAN = "schedule_plan.sql";
+    SCHEDULE_REFUSE = "schedule_refuse.sql";
+    SCHEDULE_WAIT = "schedule_wait.sql";
     SETTLE = "settle.sql";
     WORKER_HELLO = "worker_hello.sql";
     WORKER_HOLDER = "worker_holder.sql";

@@ -111,6 +111,9 @@ impl Reactor {
             self.timers.settle = now + self.shared.settings.poll;
             self.settle();
         }
+        if everything || control || now >= self.scheduler.at {
+            self.tend_schedules();
+        }
         if everything || self.timers.blocked.is_some_and(|at| now >= at) {
             self.unblock();
         }

@@ -8,6 +8,8 @@ pub mod herald;
 mod look;
 mod lost;
 mod outage;
+mod schedule;
+mod scheduler;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use self::candidates::Candidates;
 use self::herald::Herald;
 use self::lost::Lost;
 pub use self::outage::{Outage, backoff};
+use self::scheduler::{Scheduler, Tended};
 use crate::database::queries::Hello;
 use crate::database::watch::Snapshot;
 use crate::database::{Database, DatabaseError, News, Watch};
@@ -129,6 +132,7 @@ pub struct Reactor {
     /// Why nothing is claimed, for `workers.detail`.
     not_accepting: Option<String>,
     settling: Settling,
+    scheduler: Scheduler,
 }
 
 /// Whether a task settles waiting builds, and whether there was another reason to since it began.
@@ -158,6 +162,7 @@ enum Finished {
     Attempt(String, Done),
     Recovery(AttemptId, Result<Option<Recorded>, DatabaseError>),
     Settled(Result<i64, DatabaseError>),
+    Schedules(Result<Tended, DatabaseError>),
 }
 
 /// When what is due. `None`: not.
@@ -199,6 +204,7 @@ impl Reactor {
             failed: false,
             not_accepting: None,
             settling: Settling::No,
+            scheduler: Scheduler::new(now),
         }
     }
 
@@ -325,7 +331,7 @@ impl Reactor {
     async fn wait(&mut self, until: Option<Instant>) {
         let wake_at = until.unwrap_or_else(|| {
             let timers = &self.timers;
-            let mut at = timers.everything.min(timers.lost).min(timers.settle);
+            let mut at = timers.everything.min(timers.lost).min(timers.settle).min(self.scheduler.at);
             if !self.running.is_empty() {
                 at = at.min(timers.askers);
             }
@@ -401,6 +407,7 @@ impl Reactor {
                     self.settle();
                 }
             }
+            Ok(Finished::Schedules(result)) => self.schedules_tended(result),
             Err(error) => {
                 // What it held is unknown: start from what the database says, as after a crash.
                 tracing::error!("a task of the reactor failed, please report this: {error}");
