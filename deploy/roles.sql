@@ -45,7 +45,8 @@ GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
 -- build_worker is for daemons: they claim (which needs UPDATE on the queue), record, write logs and report in.
 -- They only read builders: a worker that was broken into cannot change what the others run.
 GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"worker";
-GRANT UPDATE, DELETE ON build_queue TO :"worker";
+GRANT INSERT, UPDATE, DELETE ON build_queue TO :"worker";
+GRANT UPDATE ON build_schedules TO :"worker";
 GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";

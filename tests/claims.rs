@@ -341,8 +341,8 @@ async fn labels_and_builder_patterns_decide_who_may_build() {
     assert_eq!(
         db.all::<String>("SELECT builder || ': ' || waiting_because FROM queue_status ORDER BY 1").await,
         [
-            "docs: no worker with its labels () and builder name",
-            "gpu-train: no worker with its labels (gpu, big) and builder name"
+            "docs: no running worker takes builder docs ([worker] builders, labels)",
+            "gpu-train: no running worker takes builder gpu-train with labels gpu, big ([worker] builders, labels)"
         ]
     );
     let labels = ("BUILDREACTOR_WORKER_LABELS", "big,gpu,fast");

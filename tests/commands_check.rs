@@ -109,7 +109,7 @@ async fn the_grants_that_it_names_are_all_that_a_worker_needs() {
     let url = url_of(&db, &role.1);
     let (code, lines) = check_at(&url, &[]).await;
     assert_eq!(code, Some(1), "{lines:#?}");
-    has(&lines, "PROBLEM", &["privileges", "SELECT, UPDATE, DELETE", "build_queue"]);
+    has(&lines, "PROBLEM", &["privileges", "SELECT, INSERT, UPDATE, DELETE", "build_queue"]);
     for line in lines.iter().filter(|line| line.contains(" privileges: ")) {
         db.execute(&line[line.find("GRANT").unwrap()..]).await;
     }

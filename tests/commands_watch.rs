@@ -325,7 +325,7 @@ async fn watching_everything_prints_a_line_for_each_change_and_survives_a_cut() 
     let mut watch = Beside::start(&db, &["watch"]);
     watch.prints("workers: w 0/2\n").await;
     let mac = db.enqueue("mac").await;
-    watch.prints(&format!("build {mac} of mac waits: no worker with its labels (mac)")).await;
+    watch.prints(&format!("build {mac} of mac waits: no running worker takes builder mac with labels mac")).await;
     cut_off(&db).await;
     watch.notes("trying again until it is back").await;
     allow_connections(&db, true).await;

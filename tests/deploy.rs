@@ -287,7 +287,9 @@ async fn roles_allow_what_they_are_for_and_no_more() {
     assert_eq!(db.one::<i32>("SELECT attempt FROM builds WHERE id = 2").await, 2);
     assert_eq!(ask_as(&db, "deploy_board", "SELECT build_log_text(1)"), "built");
     assert_eq!(daemon.stop().await, Some(0));
-    for refused in ["UPDATE builders SET script = 'rm -rf /'", "INSERT INTO build_queue (builder) VALUES ('linux')"] {
+    for refused in
+        ["UPDATE builders SET script = 'rm -rf /'", "DELETE FROM builds", "UPDATE build_locks SET capacity = 9"]
+    {
         let answer = ask_as(&db, "deploy_daemon", refused);
         assert!(answer.contains("permission denied"), "{refused}: {answer}");
     }

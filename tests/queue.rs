@@ -503,3 +503,53 @@ async fn locks_that_do_not_exist_are_refused_and_one_in_use_is_named() {
     std::fs::write(&gate, "").unwrap();
     assert_eq!(db.finished(1).await, "passed");
 }
+
+#[tokio::test]
+async fn a_build_does_not_supersede_what_it_needs_and_a_refused_row_supersedes_nothing() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    db.execute("UPDATE builders SET paused = true; INSERT INTO build_queue (builder, coalesce_key) VALUES ('b', 'k')")
+        .await;
+    db.execute("INSERT INTO build_queue (builder, coalesce_key, needs) VALUES ('b', 'k', '{1}')").await;
+    db.execute("INSERT INTO build_queue (builder) VALUES ('b')").await;
+    db.execute("INSERT INTO build_queue (build_id, coalesce_key) VALUES (3, 'k') ON CONFLICT DO NOTHING").await;
+    assert_eq!(states(&db).await, "1 queued, 2 queued, 3 queued");
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.execute("SELECT resume_builder('b')").await;
+    db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    assert_eq!(states(&db).await, "1 passed, 2 passed, 3 passed");
+}
+
+#[tokio::test]
+async fn deleting_a_build_that_others_need_skips_them() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    db.execute("INSERT INTO build_queue (builder) VALUES ('b'); INSERT INTO build_queue (builder, needs) VALUES ('b', '{1}'), ('b', '{2}')").await;
+    db.execute("DELETE FROM build_queue WHERE build_id = 1").await;
+    assert_eq!(states(&db).await, "1 cancelled, 2 skipped, 3 skipped");
+    assert_eq!(db.one::<String>("SELECT current_setting('lock_timeout')").await, "0");
+}
+
+#[tokio::test]
+async fn needs_that_end_together_lock_what_hangs_on_them_in_one_order() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    // A slow step between the locks, so that two orders would meet.
+    db.execute(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END';
+         CREATE TRIGGER slow AFTER UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'skipped') EXECUTE FUNCTION slow();
+         INSERT INTO build_queue (builder) VALUES ('b'), ('b');
+         INSERT INTO build_queue (builder, needs) VALUES ('b', '{1}');
+         INSERT INTO build_queue (builder, needs) VALUES ('b', '{1,2}');
+         INSERT INTO build_queue (builder, needs) VALUES ('b', '{2,3}')",
+    )
+    .await;
+    let (one, two) = (db.session().await, db.session().await);
+    let (a, b) = tokio::join!(one.batch_execute("SELECT cancel_build(1)"), async {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        two.batch_execute("SELECT cancel_build(2)").await
+    });
+    a.unwrap();
+    b.unwrap();
+    assert_eq!(states(&db).await, "1 cancelled, 2 cancelled, 3 skipped, 4 skipped, 5 skipped");
+}

@@ -12,6 +12,7 @@ CREATE OR REPLACE FUNCTION build_queue_insert() RETURNS trigger
 DECLARE
     known text;
     wanted bigint[];
+    fresh boolean := true;
 BEGIN
     NEW.queued_xid := pg_current_xact_id();
     wanted := build_needs_known(NEW.needs);
@@ -39,13 +40,14 @@ BEGIN
         NEW.reason := NULL;
         NEW.notify := NULL;
     ELSE
-        PERFORM build_queue_again(NEW.build_id, NEW.builder, NEW.properties IS NOT NULL OR NEW.reason IS NOT NULL OR NEW.notify IS NOT NULL, wanted);
+        fresh := build_queue_again(NEW.build_id, NEW.builder, NEW.properties IS NOT NULL OR NEW.reason IS NOT NULL OR NEW.notify IS NOT NULL, wanted);
         SELECT b.builder, b.needs INTO NEW.builder, wanted FROM builds b WHERE b.id = NEW.build_id;
     END IF;
 
     NEW.needs := build_needs_open(wanted);
     NEW.ready := NEW.needs = '{}' AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
-    IF NEW.coalesce_key IS NOT NULL THEN
+    -- Not for a row that the primary key will refuse.
+    IF fresh AND NEW.coalesce_key IS NOT NULL THEN
         -- One INSERT of a key at a time, or two would not see each other's row. Class -3, until the end of the transaction.
         PERFORM pg_advisory_xact_lock(-3, hashtext(NEW.builder || ' ' || NEW.coalesce_key));
         PERFORM build_queue_supersede(NEW.builder, NEW.coalesce_key, NEW.build_id);
@@ -54,7 +56,7 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION build_queue_insert() IS 'Trigger: a row without build_id gets its row in builds; one with build_id queues that build (again).';
 
-CREATE OR REPLACE FUNCTION build_queue_again(id bigint, builder text, has_more boolean, wanted bigint[]) RETURNS void
+CREATE OR REPLACE FUNCTION build_queue_again(id bigint, builder text, has_more boolean, wanted bigint[]) RETURNS boolean
     LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 DECLARE
@@ -84,9 +86,11 @@ BEGIN
             cancel_requested_at = NULL, cancel_reason = NULL, superseded_by = NULL,
             needs = CASE WHEN wanted <> '{}' THEN wanted ELSE b.needs END
         WHERE b.id = build.id;
+        RETURN true;
     END IF;
+    RETURN false;
 END $$;
-COMMENT ON FUNCTION build_queue_again(bigint, text, boolean, bigint[]) IS 'Checks that an existing build can be queued, and marks it so.';
+COMMENT ON FUNCTION build_queue_again(bigint, text, boolean, bigint[]) IS 'Checks that an existing build can be queued, and marks it so; false when it is queued or running already.';
 
 CREATE OR REPLACE FUNCTION build_needs_known(needs bigint[]) RETURNS bigint[]
     LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
@@ -174,7 +178,19 @@ CREATE OR REPLACE FUNCTION build_ended() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 BEGIN
-    -- In the order of ids: transactions that end needs of the same builds lock them in the same order.
+    IF NEW.state <> 'skipped' THEN
+        -- All that may be released or skipped, through any depth, in the order of ids: transactions that end needs of the same
+        -- builds lock them in the same order. What is skipped comes here again, with its rows locked already.
+        PERFORM FROM build_queue q
+        WHERE q.build_id IN (
+            WITH RECURSIVE below AS (
+                SELECT w.build_id FROM build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id]
+                UNION
+                SELECT w.build_id FROM below d JOIN build_queue w ON w.needs <> '{}' AND w.needs @> ARRAY[d.build_id]
+            )
+            SELECT build_id FROM below)
+        ORDER BY q.build_id FOR UPDATE;
+    END IF;
     PERFORM build_needs_settle(q.build_id)
     FROM (SELECT w.build_id FROM build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id] ORDER BY w.build_id) q;
     RETURN NULL;
@@ -191,6 +207,14 @@ BEGIN
     FOR older IN
         SELECT q.build_id FROM build_queue q
         WHERE q.builder = $1 AND q.coalesce_key = $2 AND q.build_id <> $3
+          -- What the newest needs is not done by the newest.
+          AND q.build_id NOT IN (
+              WITH RECURSIVE up AS (
+                  SELECT n FROM builds b CROSS JOIN unnest(b.needs) AS n WHERE b.id = $3
+                  UNION
+                  SELECT m FROM up u JOIN builds b ON b.id = u.n CROSS JOIN unnest(b.needs || b.superseded_by) AS m WHERE m IS NOT NULL
+              )
+              SELECT n FROM up)
         ORDER BY q.build_id FOR UPDATE SKIP LOCKED
     LOOP
         UPDATE builds b
@@ -221,7 +245,9 @@ BEGIN
         NEW.reason := NULL;
         NEW.notify := NULL;
     END IF;
-    IF NEW.needs <> OLD.needs AND NOT NEW.needs <@ OLD.needs THEN
+    -- Not when build_needs_settle puts a stand-in there.
+    IF pg_trigger_depth() = 1 AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon'
+       AND NEW.needs <> OLD.needs AND NOT NEW.needs <@ OLD.needs THEN
         NEW.needs := build_needs_known(NEW.needs);
         PERFORM build_needs_acyclic(NEW.build_id, NEW.needs);
         UPDATE builds SET needs = NEW.needs WHERE id = NEW.build_id;
@@ -431,9 +457,9 @@ COMMENT ON FUNCTION build_schedules_changed() IS 'Trigger: NOTIFY build_control,
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON build_queue FOR EACH ROW EXECUTE FUNCTION build_queue_insert();
 CREATE OR REPLACE TRIGGER a_update BEFORE UPDATE ON build_queue FOR EACH ROW EXECUTE FUNCTION build_queue_update();
 CREATE OR REPLACE TRIGGER a_ask BEFORE UPDATE OR DELETE ON build_queue FOR EACH STATEMENT
-    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_ask();
+    WHEN (pg_trigger_depth() = 0 AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_ask();
 CREATE OR REPLACE TRIGGER a_asked AFTER UPDATE OR DELETE ON build_queue FOR EACH STATEMENT
-    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_asked();
+    WHEN (pg_trigger_depth() = 0 AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_asked();
 CREATE OR REPLACE TRIGGER a_refuse BEFORE UPDATE OR DELETE ON build_queue FOR EACH ROW
     WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION build_queue_refuse();
 CREATE OR REPLACE TRIGGER a_delete AFTER DELETE ON build_queue FOR EACH ROW

@@ -144,31 +144,27 @@ WITH waiting AS (
               WHERE p.builder = r.name AND p.finished_at IS NOT NULL AND p.state = 'passed' AND p.started_at IS NOT NULL
               ORDER BY p.finished_at DESC LIMIT 30) f
     ) u
+), live AS MATERIALIZED (
+    SELECT worker, status, accepting, detail, labels, builders, running < slots AS idle FROM worker_status WHERE status IN ('active', 'draining')
 ), offers AS MATERIALIZED (
-    SELECT r.name,
-           EXISTS (SELECT FROM worker_status w WHERE w.status = 'active') AS any_worker,
-           EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
-                   WHERE w.status = 'active' AND r.labels <@ w.labels
-                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS fitting,
-           EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
-                   WHERE w.status = 'active' AND r.labels <@ w.labels AND w.accepting
-                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS accepting,
-           (SELECT min('worker ' || w.worker || ' is ' || w.detail) FROM worker_status w, unnest(w.builders) AS pattern
-                   WHERE w.status = 'active' AND r.labels <@ w.labels AND NOT w.accepting
-                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS refusal,
-           EXISTS (SELECT FROM worker_status w, unnest(w.builders) AS pattern
-                   WHERE w.status = 'active' AND r.labels <@ w.labels AND w.accepting AND w.running < w.slots
-                     AND r.name ~ ('^' || replace(replace(replace(pattern, '.', '\.'), '*', '.*'), '?', '.') || '$')) AS idle
+    -- In one pass: a view that looks costly is compiled by PostgreSQL (jit), and that takes longer than running it.
+    SELECT r.name, count(w.worker) > 0 AS fitting, coalesce(bool_or(w.accepting), false) AS accepting,
+           coalesce(bool_or(w.accepting AND w.idle), false) AS idle,
+           min('worker ' || w.worker || ' is ' || w.detail) FILTER (WHERE NOT w.accepting) AS refusal
     FROM builders r
+    LEFT JOIN live w ON w.status = 'active' AND r.labels <@ w.labels AND r.name ~ (
+        SELECT '^(' || string_agg(replace(replace(replace(p, '.', '\.'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)
+    GROUP BY r.name
 ), lock_use AS MATERIALIZED (
     SELECT l.name, l.capacity, count(u.objid) AS used
     FROM build_locks l
     LEFT JOIN pg_locks u ON u.locktype = 'advisory' AND u.objsubid = 2 AND u.granted AND u.classid::bigint = 4294966296 - l.number
         AND u.database = (SELECT oid FROM pg_database WHERE datname = current_database())
     GROUP BY l.name, l.capacity
-), status AS MATERIALIZED (
-    -- Not its count of waiting rows, which would be taken anew for each builder.
-    SELECT builder, status, slots_used, max_running, paused_reason FROM builder_status
+), slots AS MATERIALIZED (
+    SELECT classid::bigint AS number, count(*)::integer AS used FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 2 AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    GROUP BY classid
 )
 SELECT w.build_id,
        w.builder,
@@ -176,32 +172,34 @@ SELECT w.build_id,
        w.position,
        date_trunc('milliseconds', clock_timestamp() - w.queued_at) AS waiting,
        w.run_after,
-       CASE WHEN NOT s.status = 'paused' AND o.accepting AND w.needs = '{}' THEN
+       CASE WHEN NOT r.paused AND o.accepting AND w.needs = '{}' AND w.cancel_requested_at IS NULL THEN
            greatest(w.run_after, clock_timestamp()
-               + coalesce(u.usual_time, '0') * ((w.position - 1 + s.slots_used) / s.max_running)::integer)
+               + coalesce(u.usual_time, '0') * ((w.position - 1 + coalesce(s.used, 0)) / r.max_running)::integer)
        END AS expected_start,
-       CASE WHEN s.status = 'paused' THEN 'builder ' || w.builder || ' is paused' || coalesce(': ' || s.paused_reason, '')
-            WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled'
+       CASE WHEN r.paused THEN 'builder ' || w.builder || ' is paused' || coalesce(': ' || r.paused_reason, '')
+            WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled: a worker removes it when it next looks'
             WHEN w.needs <> '{}' THEN 'needs ' || (
                 SELECT string_agg(format('#%s (%s)', n.id, CASE n.state WHEN 'described' THEN 'described, not queued' ELSE n.state::text END), ', ' ORDER BY n.id)
                 FROM builds n WHERE n.id = ANY (w.needs))
             WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL
                 THEN w.detail || '; next try at ' || to_char(w.run_after, 'HH24:MI:SS TZ')
             WHEN NOT w.ready THEN 'scheduled for ' || to_char(w.run_after, 'YYYY-MM-DD HH24:MI:SS TZ')
-            WHEN NOT o.any_worker THEN 'no worker is running: start one with buildreactor run'
-            WHEN NOT o.fitting THEN 'no worker with its labels (' || array_to_string(r.labels, ', ') || ') and builder name'
+            WHEN NOT EXISTS (SELECT FROM live) THEN 'no worker is running: start one with buildreactor run'
+            WHEN NOT EXISTS (SELECT FROM live l WHERE l.status = 'active') THEN 'the only workers are draining: start one with buildreactor run'
+            WHEN NOT o.fitting THEN 'no running worker takes builder ' || w.builder
+                || CASE WHEN r.labels = '{}' THEN '' ELSE ' with labels ' || array_to_string(r.labels, ', ') END || ' ([worker] builders, labels)'
             WHEN NOT o.accepting THEN o.refusal
-            WHEN s.slots_used >= s.max_running THEN 'builder ' || w.builder || ' is busy (' || s.slots_used || ' of ' || s.max_running || ')'
+            WHEN s.used >= r.max_running THEN 'builder ' || w.builder || ' is busy (' || s.used || ' of ' || r.max_running || ')'
             WHEN EXISTS (SELECT FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity) THEN 'waits for lock ' || (
                 SELECT string_agg(format('%s (%s of %s in use)', u.name, u.used, u.capacity), ', ' ORDER BY u.name)
                 FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity)
             WHEN NOT o.idle THEN 'all fitting workers are busy'
-            WHEN w.position > 1 THEN 'its turn comes'
+            WHEN w.position > 1 THEN 'about to start, after ' || w.position - 1 || CASE w.position WHEN 2 THEN ' other' ELSE ' others' END
             ELSE 'about to start'
        END AS waiting_because
 FROM waiting w
 JOIN builders r ON r.name = w.builder
-JOIN status s ON s.builder = w.builder
+LEFT JOIN slots s ON s.number = r.number
 JOIN offers o ON o.name = w.builder
 JOIN usual u ON u.name = w.builder
 ORDER BY w.ready DESC, w.priority DESC, w.build_id;

@@ -25,7 +25,7 @@ BEGIN
     RETURNING b.* INTO build;
     IF FOUND THEN
         PERFORM pg_notify('build_control', 'cancel');
-        RETURN 'its worker is told to stop it';
+        RETURN CASE build.state WHEN 'running' THEN 'its worker is told to stop it' ELSE 'it will be cancelled as soon as its row is free' END;
     END IF;
     SELECT b.* INTO build FROM builds b WHERE b.id = $1;
     IF NOT FOUND THEN
@@ -58,8 +58,9 @@ BEGIN
         WHERE q.build_id = (SELECT w.build_id FROM build_queue w WHERE w.build_id = $1 AND w.run_after IS NOT NULL FOR UPDATE SKIP LOCKED);
         RETURN CASE WHEN FOUND THEN 'queued, to start at once' ELSE format('it is %s already', now_state) END;
     END IF;
-    INSERT INTO build_queue (build_id) VALUES ($1);
-    RETURN 'queued';
+    -- Somebody else may do the same at this moment.
+    INSERT INTO build_queue (build_id) VALUES ($1) ON CONFLICT DO NOTHING;
+    RETURN CASE WHEN FOUND THEN 'queued' ELSE 'it is queued already' END;
 END $$;
 COMMENT ON FUNCTION retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once.';
 

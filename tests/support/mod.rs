@@ -259,7 +259,7 @@ impl Daemon {
     /// The same worker anew, after its process has ended.
     pub fn spawn_again(&mut self) {
         assert!(self.child.is_none());
-        self.log.lock().unwrap().clear();
+        lines(&self.log).clear();
         let mut child = Command::new(PROGRAM)
             .args(["run", "--database", &self.url])
             .envs(self.command.iter().map(|(key, value)| (key, value)))
@@ -269,10 +269,10 @@ impl Daemon {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let (lines, log) = (BufReader::new(child.stderr.take().unwrap()).lines(), Arc::clone(&self.log));
+        let (output, log) = (BufReader::new(child.stderr.take().unwrap()).lines(), Arc::clone(&self.log));
         std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                log.lock().unwrap().push(line);
+            for line in output.map_while(Result::ok) {
+                lines(&log).push(line);
             }
         });
         self.child = Some(child);
@@ -287,17 +287,17 @@ impl Daemon {
         let deadline = Instant::now() + SOON;
         while !self.has_said(text) {
             let ended = self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_some());
-            assert!(!ended && Instant::now() < deadline, "no `{text}` in its log: {:#?}", self.log.lock().unwrap());
+            assert!(!ended && Instant::now() < deadline, "no `{text}` in its log: {:#?}", lines(&self.log));
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
     pub fn has_said(&self, text: &str) -> bool {
-        self.log.lock().unwrap().iter().any(|line| line.contains(text))
+        lines(&self.log).iter().any(|line| line.contains(text))
     }
 
     pub fn times_said(&self, text: &str) -> usize {
-        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+        lines(&self.log).iter().filter(|line| line.contains(text)).count()
     }
 
     pub fn pid(&self) -> i32 {
@@ -323,7 +323,7 @@ impl Daemon {
             if let Some(status) = child.try_wait().unwrap() {
                 return status.code();
             }
-            assert!(Instant::now() < deadline, "the daemon does not end: {:#?}", self.log.lock().unwrap());
+            assert!(Instant::now() < deadline, "the daemon does not end: {:#?}", lines(&self.log));
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -335,13 +335,18 @@ impl Daemon {
     }
 }
 
+/// Also after a failed assertion that held it.
+fn lines(log: &Mutex<Vec<String>>) -> std::sync::MutexGuard<'_, Vec<String>> {
+    log.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ended = child.kill();
             let _reaped = child.wait();
             if std::thread::panicking() {
-                eprintln!("log of the daemon: {:#?}", self.log.lock().unwrap());
+                eprintln!("log of the daemon: {:#?}", lines(&self.log));
             }
         }
     }

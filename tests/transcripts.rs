@@ -29,7 +29,7 @@ impl Psql {
             .arg(db.url().replace("user=postgres", &format!("user={PERSON}")))
             .env("PGTZ", "UTC")
             // No statement of the document takes this long; JIT alone would.
-            .env("PGOPTIONS", "-c statement_timeout=60s -c jit=off")
+            .env("PGOPTIONS", "-c statement_timeout=60s")
             .env("LC_ALL", "C")
             .stdin(Stdio::piped())
             .stdout(writer.try_clone().unwrap())
@@ -130,8 +130,7 @@ fn difference(written: &[&str], real: &[&str]) -> String {
 async fn section() -> (Db, Daemon) {
     let db = Db::new().await;
     db.execute(&format!(
-        "SET jit = off;
-         DO $$ BEGIN CREATE ROLE {PERSON} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+        "DO $$ BEGIN CREATE ROLE {PERSON} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
          GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {PERSON}"
     ))
     .await;

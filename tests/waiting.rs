@@ -9,7 +9,6 @@ const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 /// Without JIT: compiling the view takes seconds where it runs for milliseconds.
 async fn database() -> Db {
     let db = Db::new().await;
-    db.execute("SET jit = off").await;
     db
 }
 
@@ -83,8 +82,11 @@ async fn labels_or_a_name_that_no_worker_takes() {
     let _daemon = Daemon::start(&db, "w", &env).await;
     db.execute("INSERT INTO build_queue (builder) VALUES ('linux-gpu'), ('bsd'), ('linux.x')").await;
     assert_eq!(db.finished(3).await, "passed");
-    assert_eq!(because(&db, 1).await, "no worker with its labels (gpu, arm) and builder name");
-    assert_eq!(because(&db, 2).await, "no worker with its labels () and builder name");
+    assert_eq!(
+        because(&db, 1).await,
+        "no running worker takes builder linux-gpu with labels gpu, arm ([worker] builders, labels)"
+    );
+    assert_eq!(because(&db, 2).await, "no running worker takes builder bsd ([worker] builders, labels)");
     assert!(never(&db, 1).await && never(&db, 2).await);
     // The labels changed, it starts at once.
     db.execute("UPDATE builders SET labels = '{arm}' WHERE name = 'linux-gpu'").await;
@@ -197,8 +199,11 @@ async fn a_row_somebody_holds_while_it_is_cancelled_says_so() {
     let id = db.enqueue("b").await;
     let person = db.session().await;
     person.batch_execute("BEGIN; SELECT FROM build_queue FOR UPDATE").await.unwrap();
-    assert_eq!(db.one::<String>(&format!("SELECT cancel_build({id}, 'oops')")).await, "its worker is told to stop it");
-    assert_eq!(because(&db, id).await, "it is being cancelled");
+    assert_eq!(
+        db.one::<String>(&format!("SELECT cancel_build({id}, 'oops')")).await,
+        "it will be cancelled as soon as its row is free"
+    );
+    assert_eq!(because(&db, id).await, "it is being cancelled: a worker removes it when it next looks");
     person.batch_execute("COMMIT").await.unwrap();
     let _daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
     assert_eq!(db.finished(id).await, "cancelled");
@@ -229,7 +234,7 @@ async fn what_nothing_keeps_from_starting_is_about_to_or_takes_its_turn() {
     daemon.signal(Signal::SIGSTOP);
     let (first, second) = (db.enqueue("b").await, db.enqueue("b").await);
     assert_eq!(because(&db, first).await, "about to start");
-    assert_eq!(because(&db, second).await, "its turn comes");
+    assert_eq!(because(&db, second).await, "about to start, after 1 other");
     db.execute(&format!("UPDATE build_queue SET priority = 1 WHERE build_id = {second}")).await;
     assert_eq!(because(&db, second).await, "about to start");
     assert_eq!(db.all::<i64>("SELECT build_id FROM queue_status ORDER BY position").await, [second, first]);
