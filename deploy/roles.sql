@@ -32,7 +32,7 @@ SET LOCAL search_path = :"schema";
 
 -- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
 GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats TO :"viewer";
-GRANT SELECT ON builds, build_queue, build_attempts, build_log, workers TO :"viewer";
+GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_locks, build_schedules, workers TO :"viewer";
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
               retry_failed, keep_workspace, paused, paused_reason) ON builders TO :"viewer";
 

@@ -1,4 +1,4 @@
-//! What stands in `deploy/`, used as an operator would: a real supervisord, systemd's own checker, psql.
+//! What stands in `deploy/`, used as an operator would: a real supervisord, systemd's own checker, psql. And the demo.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -248,6 +248,10 @@ async fn roles_allow_what_they_are_for_and_no_more() {
          CREATE ROLE deploy_board LOGIN IN ROLE build_viewer",
     )
     .await;
+    let unseen: Vec<String> = db
+        .all("SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v') AND NOT has_any_column_privilege('build_viewer', oid, 'SELECT')")
+        .await;
+    assert_eq!(unseen, ["build_schema_history"], "a new table or view belongs in roles.sql");
     db.builder("linux", "echo built").await;
     db.builder("flaky", "test $BUILD_ATTEMPT -gt 1 || exit 75").await;
 
@@ -303,4 +307,30 @@ async fn roles_allow_what_they_are_for_and_no_more() {
     let output = db.psql(&names);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(db.one::<bool>("SELECT has_table_privilege('deploy_s', 'build_queue', 'INSERT') AND NOT has_table_privilege('deploy_v', 'build_queue', 'INSERT')").await);
+}
+
+#[tokio::test]
+async fn the_demo_shows_three_builds_and_leaves_nothing_behind() {
+    let (project, temporary) = (temp_dir(), temp_dir());
+    let at = |name: &str| project.path().join(name);
+    std::fs::create_dir(at("src")).unwrap();
+    std::fs::write(at("src/main.rs"), "fn main() {}\n").unwrap();
+    std::fs::write(at("Cargo.toml"), "[package]\nname = \"tiny\"\nversion = \"0.1.0\"\nedition = \"2024\"\n").unwrap();
+    std::fs::write(at("Cargo.lock"), "version = 4\n\n[[package]]\nname = \"tiny\"\nversion = \"0.1.0\"\n").unwrap();
+    let git = "git init -q . && git add . && git -c user.name=test -c user.email=test@example.org commit -qm first";
+    assert!(Command::new("sh").args(["-c", git]).current_dir(project.path()).status().unwrap().success());
+
+    let (source, temporary_path) = (project.path().to_str().unwrap(), temporary.path().to_str().unwrap());
+    let output = buildreactor(&["demo", "--source", source], &[("TMPDIR", temporary_path)]);
+    let shown = text(&output.stdout);
+    assert!(output.status.success(), "{shown}{}", text(&output.stderr));
+    for part in [
+        "builds=> INSERT INTO build_queue (builder) VALUES ('hello')",
+        "expected 42, got 41",
+        "run --embedded",
+        "README",
+    ] {
+        assert!(shown.contains(part), "`{part}` is not in: {shown}");
+    }
+    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0, "its folder is gone");
 }

@@ -32,7 +32,7 @@ pub fn line(text: &str) -> String {
     clean_line(text.trim(), LONGEST)
 }
 
-/// [`line`], or nothing.
+/// [`line()`], or nothing.
 pub fn line_or_nothing(text: Option<&str>) -> String {
     text.map(line).unwrap_or_default()
 }
