@@ -64,13 +64,14 @@ impl Bench {
         migrate::migrate(&info).await.unwrap();
         let client = connect(&server.url(name)).await;
         client
-            .batch_execute("INSERT INTO builders (name, script) SELECT 'b' || n, 'true' FROM generate_series(1, 40) n")
+            .batch_execute("INSERT INTO builders (name, script) SELECT 'b' || n, 'true' FROM generate_series(1, 40) n UNION ALL SELECT 'held', 'true'")
             .await
             .unwrap();
         let limits = SessionLimits { slots: 2, claim_idle: Duration::from_secs(3600) };
         let database = Database::new(info, limits, "bench").unwrap();
         let watch = database.watch("bench", Arc::<News>::default()).await.unwrap();
-        let builders = watch.builders(&[]).await.unwrap();
+        let mut builders = watch.builders(&[]).await.unwrap();
+        builders.retain(|builder| builder.name != "held");
         Bench { database, watch, client, builders }
     }
 
@@ -146,11 +147,11 @@ impl Bench {
     }
 
     async fn hold_one(&self) -> Claim {
-        let insert = "INSERT INTO build_queue (builder) VALUES ('b40') RETURNING build_id";
+        let insert = "INSERT INTO build_queue (builder) VALUES ('held') RETURNING build_id";
         let id = BuildId(self.client.query_one(insert, &[]).await.unwrap().get(0));
         let mut claim = self.database.claim().await.unwrap();
         // A slot that nobody else asks for.
-        let aside = Builder { name: "b40".into(), number: 999_999, max_running: 1, locks: Locks::default() };
+        let aside = Builder { name: "held".into(), number: 999_999, max_running: 1, locks: Locks::default() };
         assert!(matches!(claim.take(&aside, &[], &[id]).await.unwrap(), Tried::Claimed { .. }));
         self.database.begin_attempt(id, "bench", 1, &[], &[]).await.unwrap().unwrap();
         claim

@@ -543,7 +543,7 @@ async fn whatever_people_do_every_build_ends_once_and_for_a_reason() {
     }
 
     let builds = read_builds(&db).await;
-    let model = model.lock().unwrap();
+    let model = std::mem::take(&mut *model.lock().unwrap());
     let text = std::fs::read_to_string(folder.path().join("trace")).unwrap();
     let mut trace: HashMap<i64, Vec<(char, usize)>> = HashMap::new();
     for line in text.lines() {

@@ -6,12 +6,6 @@ use crate::support::{Daemon, Db, SOON};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
-/// Without JIT: compiling the view takes seconds where it runs for milliseconds.
-async fn database() -> Db {
-    let db = Db::new().await;
-    db
-}
-
 /// What a person sees of a build that waits.
 async fn because(db: &Db, build: i64) -> String {
     db.one(&format!("SELECT waiting_because FROM queue_status WHERE build_id = {build}")).await
@@ -24,7 +18,7 @@ async fn never(db: &Db, build: i64) -> bool {
 
 #[tokio::test]
 async fn a_paused_builder_is_named_with_the_reason_if_there_is_one() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "true").await;
     let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
     db.execute("SELECT pause_builder('b')").await;
@@ -41,7 +35,7 @@ async fn a_paused_builder_is_named_with_the_reason_if_there_is_one() {
 
 #[tokio::test]
 async fn a_scheduled_build_says_when_in_the_time_zone_of_the_session() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "true").await;
     let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
     db.execute("SET TimeZone = 'UTC'; INSERT INTO build_queue (builder, run_after) VALUES ('b', '2037-01-04 04:00')")
@@ -56,7 +50,7 @@ async fn a_scheduled_build_says_when_in_the_time_zone_of_the_session() {
 
 #[tokio::test]
 async fn without_a_worker_it_says_how_to_start_one() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "true").await;
     let id = db.enqueue("b").await;
     assert_eq!(because(&db, id).await, "no worker is running: start one with buildreactor run");
@@ -73,7 +67,7 @@ async fn without_a_worker_it_says_how_to_start_one() {
 
 #[tokio::test]
 async fn labels_or_a_name_that_no_worker_takes() {
-    let db = database().await;
+    let db = Db::new().await;
     db.execute(
         "INSERT INTO builders (name, script, labels) VALUES ('linux-gpu', 'true', '{gpu,arm}'), ('bsd', 'true', '{}'), ('linux.x', 'true', '{arm}')",
     )
@@ -95,7 +89,7 @@ async fn labels_or_a_name_that_no_worker_takes() {
 
 #[tokio::test]
 async fn a_busy_builder_says_how_many_run_and_when_the_next_may() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "sleep 600").await;
     db.execute(
         "INSERT INTO builds (builder, state, attempt, worker, queued_at, started_at, finished_at, exit_code)
@@ -129,7 +123,7 @@ async fn a_busy_builder_says_how_many_run_and_when_the_next_may() {
 
 #[tokio::test]
 async fn all_fitting_workers_may_be_busy_with_other_builders() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("a", "sleep 600").await;
     db.builder("b", "true").await;
     let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "1")]).await;
@@ -143,7 +137,7 @@ async fn all_fitting_workers_may_be_busy_with_other_builders() {
 
 #[tokio::test]
 async fn what_it_needs_is_named_with_its_state() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("a", "sleep 600").await;
     db.builder("b", "true").await;
     let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
@@ -170,7 +164,7 @@ async fn what_it_needs_is_named_with_its_state() {
 
 #[tokio::test]
 async fn between_two_tries_it_says_what_broke_and_when_the_next_is() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "exit 75").await;
     // The pause of a second, made an hour: time to look.
     db.execute(
@@ -194,7 +188,7 @@ async fn between_two_tries_it_says_what_broke_and_when_the_next_is() {
 
 #[tokio::test]
 async fn a_row_somebody_holds_while_it_is_cancelled_says_so() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "true").await;
     let id = db.enqueue("b").await;
     let person = db.session().await;
@@ -211,7 +205,7 @@ async fn a_row_somebody_holds_while_it_is_cancelled_says_so() {
 
 #[tokio::test]
 async fn a_worker_out_of_disk_is_named_with_the_setting_to_change() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "true").await;
     let full = Daemon::start(&db, "full", &[HOUR, ("BUILDREACTOR_WORKER_MIN_FREE_DISK", "1000000 TiB")]).await;
     let id = db.enqueue("b").await;
@@ -227,7 +221,7 @@ async fn a_worker_out_of_disk_is_named_with_the_setting_to_change() {
 
 #[tokio::test]
 async fn what_nothing_keeps_from_starting_is_about_to_or_takes_its_turn() {
-    let db = database().await;
+    let db = Db::new().await;
     db.builder("b", "true").await;
     let daemon = Daemon::start(&db, "w", &[HOUR]).await;
     // A worker that is alive and does not get round to it.
