@@ -108,7 +108,7 @@ impl Bench {
     async fn drain(&mut self, what: &str) -> Duration {
         let names = self.names();
         let mut candidates = Candidates::default();
-        let mut times = Vec::new();
+        let (mut times, mut rest) = (Vec::new(), Vec::new());
         for n in 0..SAMPLES + 20 {
             // All of one builder's first, so that its part of the store does run dry.
             let builder = self.builders[n * 2 / SAMPLES].clone();
@@ -124,9 +124,13 @@ impl Bench {
             let Tried::Claimed { build, .. } = tried else { panic!("{tried:?}") };
             assert_eq!(build, offer[0]);
             candidates.remove(build);
+            let began = Instant::now();
             self.record(claim, build).await;
+            rest.push(began.elapsed());
         }
-        report(what, times.split_off(20))
+        let claimed = report(what, times.split_off(20));
+        report("  (its attempt and its result)", rest.split_off(20));
+        claimed
     }
 
     async fn record(&self, mut claim: Claim, build: BuildId) {

@@ -181,14 +181,15 @@ BEGIN
     IF NEW.state <> 'skipped' THEN
         -- All that may be released or skipped, through any depth, in the order of ids: transactions that end needs of the same
         -- builds lock them in the same order. What is skipped comes here again, with its rows locked already.
+        -- An array, not IN: the planner expects many from a recursive query, and would merge with all that waits.
         PERFORM FROM build_queue q
-        WHERE q.build_id IN (
+        WHERE q.build_id = ANY (ARRAY(
             WITH RECURSIVE below AS (
                 SELECT w.build_id FROM build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id]
                 UNION
                 SELECT w.build_id FROM below d JOIN build_queue w ON w.needs <> '{}' AND w.needs @> ARRAY[d.build_id]
             )
-            SELECT build_id FROM below)
+            SELECT build_id FROM below))
         ORDER BY q.build_id FOR UPDATE;
     END IF;
     PERFORM build_needs_settle(q.build_id)
