@@ -170,12 +170,12 @@ impl Bench {
             .batch_execute(&format!(
                 "INSERT INTO build_queue (builder) SELECT 'b' || 1 + n % 40 FROM generate_series(1, {rows}) n;
                  -- As the daemon's sessions have it.
-                 SET buildreactor.session = 'daemon'; SET enable_seqscan = off;
+                 SET buildreactor.session = 'daemon'; SET enable_seqscan = off; SET jit = off;
                  -- By way of running, as every build goes.
                  UPDATE builds SET state = 'running', attempt = 1, worker = 'bench', started_at = now() WHERE state = 'queued';
                  UPDATE builds SET state = 'passed', finished_at = now() WHERE state = 'running' AND builder <> 'held';
                  DELETE FROM build_queue WHERE builder <> 'held';
-                 RESET buildreactor.session; RESET enable_seqscan",
+                 RESET buildreactor.session; RESET enable_seqscan; RESET jit",
             ))
             .await
             .unwrap();

@@ -1,6 +1,7 @@
 //! buildreactor: PostgreSQL as a build server. See ARCHITECTURE.md for the map of the rooms below.
 
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod daemon;
 pub mod database;

@@ -245,13 +245,17 @@ async fn a_daemon_killed_between_the_end_of_the_script_and_the_commit_leaves_not
         "running|1|running"
     );
     assert!(!db.one::<bool>("SELECT claim_held FROM running_builds").await);
-    // The same worker comes back, and knows that its own tree is gone.
+    // The same worker comes back, and finds the result that its keeper has kept.
     daemon.spawn_again();
     assert_eq!(db.finished(id).await, "passed");
     assert_eq!(
-        db.one::<String>("SELECT string_agg(state::text, ',' ORDER BY attempt) FROM build_attempts").await,
-        "lost,passed"
+        db.one::<String>(
+            "SELECT string_agg(concat_ws(' ', attempt, state, exit_code, claims), ',') FROM build_attempts"
+        )
+        .await,
+        "1 passed 0 2"
     );
+    assert_eq!(db.one::<String>(&format!("SELECT build_log_text({id})")).await, "out\n");
 }
 
 #[tokio::test]
@@ -297,14 +301,15 @@ async fn one_daemon_a_worker_name() {
 }
 
 #[tokio::test]
-async fn sigterm_gives_builds_back_without_charging_an_attempt_and_sigusr1_finishes_them() {
+async fn sigint_gives_builds_back_without_charging_an_attempt_and_sigusr1_finishes_them() {
     let db = Db::new().await;
     db.builder("b", "trap '' TERM; sleep 600 & wait; sleep 600").await;
     db.execute("UPDATE builders SET max_attempts = 1").await;
     let mut daemon = Daemon::start(&db, "w", &[HOUR]).await;
     let id = db.enqueue("b").await;
     db.wait("SELECT count(*) = 1 FROM running_builds").await;
-    assert_eq!(daemon.stop().await, Some(0));
+    daemon.signal(Signal::SIGINT);
+    assert_eq!(daemon.exited().await, Some(0));
     assert_eq!(crate::support::processes_of(&daemon.state), Vec::<i32>::new());
     assert_eq!(
         db.one::<String>(

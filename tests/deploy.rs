@@ -40,11 +40,11 @@ async fn the_systemd_unit_is_valid_and_its_command_line_is_understood() {
         .collect();
     let value = |key: &str| settings.iter().find(|(name, _)| *name == key).unwrap_or_else(|| panic!("no {key}")).1;
     for (key, expected) in
-        [("Type", "notify"), ("KillMode", "mixed"), ("Restart", "always"), ("RestartPreventExitStatus", "78")]
+        [("Type", "notify"), ("KillMode", "process"), ("Restart", "always"), ("RestartPreventExitStatus", "78")]
     {
         assert_eq!(value(key), expected, "{key}");
     }
-    assert!(value("TimeoutStopSec").parse::<u32>().unwrap() > 20, "the daemon gives itself 17 s");
+    assert!(value("TimeoutStopSec").parse::<u32>().unwrap() > 5, "the daemon gives itself 2 s");
     let (program, arguments) = value("ExecStart").split_once(' ').unwrap();
     let arguments: Vec<&str> = arguments.split(' ').chain(["--help"]).collect();
     let output = buildreactor(&arguments, &[]);
@@ -166,7 +166,7 @@ async fn active_again(db: &Db, before: i32) {
 }
 
 #[tokio::test]
-async fn under_supervisord_the_worker_starts_restarts_survives_a_kill_drains_and_gives_builds_back() {
+async fn under_supervisord_the_worker_starts_restarts_survives_a_kill_drains_and_keeps_builds_running() {
     let db = Db::new().await;
     let folder = temp_dir();
     let gate = folder.path().join("gate");
@@ -193,19 +193,32 @@ async fn under_supervisord_the_worker_starts_restarts_survives_a_kill_drains_and
 
     let long = db.enqueue("long").await;
     db.wait(&format!("SELECT claim_held FROM running_builds WHERE build_id = {long}")).await;
+    let before = supervisor.pid();
+    let output = supervisor.control(&["restart", "buildreactor"]);
+    assert!(output.status.success() && text(&output.stdout).contains("started"), "{output:?}");
+    active_again(&db, before).await;
+    db.wait(&format!("SELECT claim_held FROM running_builds WHERE build_id = {long}")).await;
+    let alive = processes_of(&supervisor.folder);
     let output = supervisor.control(&["stop", "buildreactor"]);
     assert!(output.status.success() && text(&output.stdout).contains("stopped"), "{output:?}");
-    let state: String = db
-        .one(&format!("SELECT b.state || ' ' || (q.build_id IS NOT NULL) FROM builds b LEFT JOIN build_queue q ON q.build_id = b.id WHERE b.id = {long}"))
-        .await;
-    assert_eq!(state, "queued true", "it was given back before supervisord says stopped");
-    assert_eq!(processes_of(&supervisor.folder), Vec::<i32>::new());
+    assert_eq!(processes_of(&supervisor.folder), alive, "the build goes on, in the same processes");
+    assert_eq!(
+        db.one::<String>(&format!("SELECT concat_ws(' ', state, attempt) FROM builds WHERE id = {long}")).await,
+        "running 1"
+    );
     assert_eq!(db.one::<String>("SELECT status FROM worker_status").await, "stopped");
     assert!(supervisor.status().contains("STOPPED"), "not started again: {}", supervisor.status());
-    db.execute("DELETE FROM build_queue").await;
 
     let output = supervisor.control(&["start", "buildreactor"]);
     assert!(output.status.success(), "{output:?}");
+    db.wait(&format!("SELECT claim_held FROM running_builds WHERE build_id = {long}")).await;
+    let output = supervisor.control(&["signal", "INT", "buildreactor"]);
+    assert!(output.status.success(), "{output:?}");
+    db.wait(&format!("SELECT detail LIKE 'given back: %' FROM builds WHERE id = {long}")).await;
+    db.wait("SELECT EXISTS (SELECT FROM running_builds WHERE attempt = 2)").await;
+    db.execute(&format!("SELECT cancel_build({long})")).await;
+    assert_eq!(db.finished(long).await, "cancelled");
+
     let third = supervisor.pid();
     let gated = db.enqueue("gated").await;
     db.wait(&format!("SELECT claim_held FROM running_builds WHERE build_id = {gated}")).await;

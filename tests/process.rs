@@ -322,16 +322,16 @@ async fn a_kept_workspace_is_there_for_the_next_build_and_others_are_removed() {
 }
 
 #[tokio::test]
-async fn a_build_that_kills_its_own_daemon_is_counted_and_stops() {
+async fn a_build_that_takes_its_worker_down_is_counted_and_stops() {
     let db = Db::new().await;
-    // The daemon is the parent of the keeper, which is the parent of the guardian, which is the parent of the script.
+    // The keeper is the parent of the guardian, which is the parent of the script.
     db.builder(
         "poison",
-        "g=$PPID; k=$(cut -d' ' -f4 /proc/$g/stat); d=$(cut -d' ' -f4 /proc/$k/stat); echo killing $d; kill -9 $d; sleep 600",
+        "k=$(cut -d' ' -f4 /proc/$PPID/stat); d=$(cat ../../../daemon.lock); echo killing $d $k; kill -9 $d $k; sleep 600",
     )
     .await;
     db.builder("good", "true").await;
-    let mut daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_PID_NAMESPACE", "false")]).await;
     let poison = db.enqueue("poison").await;
     for attempt in 1..=3 {
         // A supervisor starts the daemon again and again.
@@ -349,9 +349,26 @@ async fn a_build_that_kills_its_own_daemon_is_counted_and_stops() {
     assert_eq!(db.finished(poison).await, "error");
     assert_eq!(
         db.one::<String>(&format!("SELECT concat_ws('|', attempt, detail) FROM builds WHERE id = {poison}")).await,
-        "3|attempt 3 of 3 lost: worker `w` disappeared"
+        "3|attempt 3 of 3 broke: its keeper was killed"
     );
     assert_eq!(processes_of(&daemon.state), Vec::<i32>::new());
+}
+
+#[tokio::test]
+async fn a_build_in_a_namespace_sees_no_process_but_its_own() {
+    let db = Db::new().await;
+    let daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let detail: String = db.one("SELECT detail FROM workers").await;
+    if !nix::unistd::geteuid().is_root() {
+        assert!(detail.starts_with("process trees: subreaper ("), "{detail}");
+        return;
+    }
+    assert_eq!(detail, "process trees: PID namespace");
+    let (id, told) = run(&db, &format!("kill -9 {} || echo cannot; ls -d /proc/[0-9]* | wc -l", daemon.pid())).await;
+    assert_eq!(told, "passed|0");
+    let log = log(&db, id).await;
+    // init, the shell, ls, wc.
+    assert!(log.contains("cannot") && log.lines().last().unwrap().parse::<u32>().unwrap() <= 5, "{log}");
 }
 
 fn is_zombie(pid: i32) -> bool {

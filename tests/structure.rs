@@ -14,7 +14,7 @@ const ROOMS: &[&[&str]] = &[
     &["embedded"],
     &["config"],
     &["model"],
-    &["report", "tasks"],
+    &["clock", "report", "tasks"],
 ];
 
 fn sources() -> Vec<(PathBuf, String)> {

@@ -3,20 +3,39 @@
 -- $1 bigint  build    $2 text  worker    $3 integer  builder slot held    $4 text[]  labels of the worker
 -- $5 text[]  units of build_locks held
 -- Locks: the builds row, for the length of this statement.
+-- What runs is found through the newest attempt of a slot: behind a long claim an index of what runs is full of dead entries.
 WITH builder AS MATERIALIZED (
     SELECT r.* FROM build_queue q JOIN builders r ON r.name = q.builder
     WHERE q.build_id = $1 AND NOT r.paused AND r.labels <@ $4
       -- A running build keeps its slot when its claim is lost for a while, and with it the lock on the slot.
-      AND NOT EXISTS (SELECT FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
-                      WHERE x.state = 'running' AND x.builder = r.name AND a.slot = $3)
+      AND NOT EXISTS (SELECT FROM (SELECT a.state FROM build_attempts a WHERE a.builder = r.name AND a.slot = $3
+                                   ORDER BY a.started_at DESC LIMIT 1) last WHERE last.state = 'running')
       -- Likewise the units of its locks.
       AND NOT EXISTS (SELECT FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
                       WHERE $5::text[] <> '{}' AND x.state = 'running' AND a.lock_units && $5)
       -- Nor was a lock added since the claim.
       AND cardinality(r.locks) = cardinality($5)
-      -- Builds in slots above a limit that was lowered count against it from the top.
-      AND $3 + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
-                WHERE x.state = 'running' AND x.builder = r.name AND a.slot > r.max_running) <= r.max_running
+      -- Builds in slots above this one count as well as the slots below it: neither those above a limit that was lowered nor the
+      -- others may come to more than the limit together. No other claim has this slot, so this holds side by side too.
+      AND $3 + (
+          WITH RECURSIVE above(slot) AS (
+              SELECT (SELECT min(a.slot) FROM build_attempts a WHERE a.builder = r.name AND a.slot > $3)
+              UNION ALL
+              SELECT (SELECT min(a.slot) FROM build_attempts a WHERE a.builder = r.name AND a.slot > above.slot) FROM above
+              WHERE above.slot IS NOT NULL
+          )
+          SELECT count(*) FROM above CROSS JOIN LATERAL (
+              SELECT a.state FROM build_attempts a WHERE a.builder = r.name AND a.slot = above.slot ORDER BY a.started_at DESC LIMIT 1) last
+          WHERE last.state = 'running') <= r.max_running
+      -- Likewise the units of each lock, and its capacity.
+      AND NOT EXISTS (
+          SELECT FROM unnest($5::text[]) AS held
+          CROSS JOIN LATERAL (SELECT split_part(held, '#', 1) AS name, split_part(held, '#', 2)::integer AS unit) u
+          JOIN build_locks l ON l.name = u.name
+          WHERE u.unit + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+                          CROSS JOIN unnest(a.lock_units) AS other
+                          WHERE x.state = 'running' AND split_part(other, '#', 1) = u.name AND split_part(other, '#', 2)::integer > u.unit)
+                > l.capacity)
 ), started AS (
     UPDATE builds b
     SET state = 'running', attempt = b.attempt + 1, worker = $2, started_at = clock_timestamp(),
@@ -27,10 +46,10 @@ WITH builder AS MATERIALIZED (
     WHERE b.id = $1 AND b.state <> 'running' AND b.cancel_requested_at IS NULL
     RETURNING b.attempt, b.started_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
-    INSERT INTO build_attempts (build_id, attempt, worker, started_at, slot, lock_units)
-    SELECT $1, s.attempt, $2, s.started_at, $3, $5 FROM started s
+    INSERT INTO build_attempts (build_id, attempt, builder, worker, started_at, slot, lock_units)
+    SELECT $1, s.attempt, r.name, $2, s.started_at, $3, $5 FROM started s CROSS JOIN builder r
 )
-SELECT s.attempt, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
+SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
        -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.
        ARRAY(SELECT key FROM jsonb_each(s.properties) ORDER BY key) AS property_names,
        ARRAY(SELECT coalesce(value #>> '{}', '') FROM jsonb_each(s.properties) ORDER BY key) AS property_values,

@@ -39,18 +39,19 @@ WITH ended AS MATERIALIZED (
     SET state = e.state::attempt_state, finished_at = clock_timestamp(), exit_code = e.exit_code, term_signal = e.term_signal,
         detail = e.detail, user_seconds = e.user_seconds, system_seconds = e.system_seconds, max_rss_bytes = e.max_rss_bytes,
         log_bytes = e.log_bytes
-    FROM ended e, verdict v WHERE a.build_id = e.build_id AND a.attempt = e.attempt
+    FROM ended e, verdict v WHERE a.build_id = $1::bigint AND a.attempt = $2::integer
     RETURNING a.finished_at
 ), build AS (
     UPDATE builds b
     SET state = v.state, detail = v.detail, exit_code = e.exit_code, term_signal = e.term_signal,
         finished_at = CASE WHEN build_state_is_final(v.state) THEN a.finished_at END
-    FROM ended e, verdict v, attempt a WHERE b.id = e.build_id
+    FROM ended e, verdict v, attempt a WHERE b.id = $1::bigint
 ), again AS (
     UPDATE build_queue q
     SET run_after = CASE WHEN v.delay_seconds > 0 THEN clock_timestamp() + make_interval(secs => v.delay_seconds) ELSE q.run_after END
-    FROM ended e, verdict v WHERE q.build_id = e.build_id AND NOT build_state_is_final(v.state)
+    -- By the parameter: joined, all of a queue that is thought to be small would be read, dead rows behind a long claim included.
+    FROM verdict v WHERE q.build_id = $1::bigint AND NOT build_state_is_final(v.state)
 ), done AS (
-    DELETE FROM build_queue q USING ended e, verdict v WHERE q.build_id = e.build_id AND build_state_is_final(v.state)
+    DELETE FROM build_queue q USING verdict v WHERE q.build_id = $1::bigint AND build_state_is_final(v.state)
 )
 SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds FROM verdict v

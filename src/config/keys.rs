@@ -93,6 +93,13 @@ pub(super) static KEYS: &[Key] = &[
         set: |c, v| v.size(0).map(|bytes| c.worker.min_free_disk = bytes),
     },
     Key {
+        section: "worker",
+        name: "pid_namespace",
+        must: "true or false",
+        example: "false",
+        set: |c, v| v.boolean().map(|yes| c.worker.pid_namespace = yes),
+    },
+    Key {
         section: "reactor",
         name: "poll",
         must: "a duration with a unit, from 100 ms to 1 day",

@@ -60,6 +60,8 @@ pub struct Worker {
     pub builders: Vec<String>,
     /// Workspaces, caches and whole logs; absolute. Default: `/var/lib/buildreactor`.
     pub state_dir: PathBuf,
+    /// Put each build into a PID namespace of its own where the kernel allows it, as it does for root. Default: true.
+    pub pid_namespace: bool,
     /// Bytes free under `state_dir` below which no build is claimed; 0: never look.
     /// Default: 1 GiB.
     pub min_free_disk: u64,
@@ -151,6 +153,7 @@ impl Default for Worker {
             builders: vec!["*".to_owned()],
             state_dir: PathBuf::from("/var/lib/buildreactor"),
             min_free_disk: 1 << 30,
+            pid_namespace: true,
         }
     }
 }

@@ -77,6 +77,16 @@ impl Value<'_> {
             .ok_or_else(|| format!("{} is out of range", self.shown()))
     }
 
+    pub(super) fn boolean(&self) -> Result<bool, String> {
+        match self {
+            Value::File(DeValue::Boolean(yes)) => Ok(*yes),
+            Value::File(other) => Err(wrong_type(other)),
+            Value::Variable("true") => Ok(true),
+            Value::Variable("false") => Ok(false),
+            Value::Variable(text) => Err(format!("{} is given", quoted(text))),
+        }
+    }
+
     /// A list of texts without spaces around them; in a variable, separated by commas.
     pub(super) fn list(&self) -> Result<Vec<String>, String> {
         match self {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
@@ -21,6 +22,13 @@ use crate::reactor::{self, Order, Outage, Reactor, Shared};
 
 /// After the order to stop: how long results are waited for. Terminate (5 s), kill, and the COMMIT fit in.
 const LAST_PATIENCE: Duration = Duration::from_secs(15);
+
+/// After SIGTERM, how long a second one can still turn leaving into stopping. With [`LAST_WORDS`] and the farewell it stays within two
+/// seconds.
+const SECOND_THOUGHT: Duration = Duration::from_millis(800);
+
+/// What a daemon that leaves gives the database for its last statements.
+const LAST_WORDS: Duration = Duration::from_millis(700);
 
 /// Why a daemon could not start, or had to leave.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +59,8 @@ pub enum DaemonError {
 /// It could not start. A database that is down is waited for, at the start too.
 pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let (orders, receive_orders) = mpsc::unbounded_channel();
-    let signals = listen_to_signals(orders)?;
+    let leaving = CancellationToken::new();
+    let signals = listen_to_signals(orders, leaving.clone())?;
     let worker = &config.worker;
     let slots = i32::try_from(worker.slots).unwrap_or(i32::MAX);
     let hello = Hello {
@@ -63,17 +72,19 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         builders: worker.builders.clone(),
     };
     let folders = Folders::new(&worker.state_dir, &worker.name);
-    let settings = process::Settings { folders: folders.clone(), file_limit: config.log.file_limit };
-    // Waits for processes of an earlier daemon, so not on a thread of the runtime.
+    let settings = process::Settings {
+        folders: folders.clone(),
+        file_limit: config.log.file_limit,
+        pid_namespace: worker.pid_namespace,
+    };
+    // May wait for processes of an earlier daemon.
     let mut receive_orders = receive_orders;
     let executors = tokio::select! {
-        executors = tokio::task::spawn_blocking(move || Registry::new(settings)) => executors,
+        executors = Registry::new(settings) => executors,
         _ = receive_orders.recv() => return Ok(Left::Ordered),
     };
-    let executors = executors
-        .map_err(std::io::Error::other)
-        .and_then(|result| result)
-        .map_err(|source| DaemonError::Folder { folder: folders.root().display().to_string(), source })?;
+    let executors =
+        executors.map_err(|source| DaemonError::Folder { folder: folders.root().display().to_string(), source })?;
 
     if !schema_fits(&info, &mut receive_orders).await? {
         return Ok(Left::Ordered);
@@ -102,6 +113,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         executors,
         folders,
         herald,
+        leaving: leaving.clone(),
         giving_back: giving_back.clone(),
         giving_up: giving_up.clone(),
         tidying: tidying.clone(),
@@ -111,7 +123,15 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         tokio::time::sleep(LAST_PATIENCE).await;
         giving_up.cancel();
     });
-    let left = Reactor::new(shared, receive_orders).run().await;
+    let gone = async {
+        leaving.cancelled().await;
+        tokio::time::sleep(LAST_WORDS).await;
+    };
+    let left = tokio::select! {
+        left = Reactor::new(shared, receive_orders).run() => left,
+        // A result may be under way at this moment; the next daemon asks the attempt's own row.
+        () = gone => Ok(Left::Ordered),
+    };
     drop((signals, janitor, deadline));
     tidying.close();
     // The reactor has dropped its heralds; what they said is still sent, and old folders removed, but not for ever.
@@ -121,7 +141,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
             tracing::debug!(%error, "events were not sent");
         }
     };
-    if tokio::time::timeout(Duration::from_secs(2), farewell).await.is_err() {
+    let patience = if leaving.is_cancelled() { Duration::from_millis(200) } else { Duration::from_secs(2) };
+    if tokio::time::timeout(patience, farewell).await.is_err() {
         tracing::debug!("left before everything was tidied up");
     }
     Ok(left?)
@@ -162,18 +183,27 @@ async fn schema_fits(info: &ConnInfo, orders: &mut mpsc::UnboundedReceiver<Order
     }
 }
 
-/// SIGTERM and SIGINT stop and give back; SIGUSR1 drains.
-fn listen_to_signals(orders: mpsc::UnboundedSender<Order>) -> Result<AbortOnDropHandle<()>, DaemonError> {
+/// SIGTERM leaves what runs to the next daemon, a second one or SIGINT stops it and gives it back; SIGUSR1 drains.
+fn listen_to_signals(
+    orders: mpsc::UnboundedSender<Order>,
+    leaving: CancellationToken,
+) -> Result<AbortOnDropHandle<()>, DaemonError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let mut drain = signal(SignalKind::user_defined1()).map_err(DaemonError::Signals)?;
     Ok(crate::tasks::spawn(async move {
+        let mut leave_at = None;
         loop {
             let order = tokio::select! {
-                _ = terminate.recv() => Order::Stop,
+                _ = terminate.recv() => if leave_at.is_some() { Order::Stop } else { Order::Leave },
                 _ = interrupt.recv() => Order::Stop,
                 _ = drain.recv() => Order::Drain,
+                () = tokio::time::sleep_until(leave_at.unwrap_or_else(Instant::now)), if leave_at.is_some() => {
+                    leaving.cancel();
+                    std::future::pending().await
+                }
             };
+            leave_at = (order == Order::Leave).then(|| Instant::now() + SECOND_THOUGHT);
             if orders.send(order).is_err() {
                 break;
             }

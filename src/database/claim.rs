@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use deadpool_postgres::Object;
-use tokio::time::Instant;
 use tokio_postgres::types::ToSql;
 
 use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, queries};
+use crate::clock::boottime;
 use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
 
 /// How often recording is tried again on the same claim after a deadlock or lock timeout; the row lock survives
@@ -134,6 +134,18 @@ impl Claim {
             self.release().await?;
         }
         Ok(held)
+    }
+
+    /// Whether the attempt of a row that is locked here was claimed as often as was `seen` when its row was first found unlocked. If so
+    /// nobody claims it again before this transaction ends.
+    ///
+    /// # Errors
+    /// The connection is gone or the server refused.
+    pub async fn is_unchanged(&self, id: AttemptId, seen: i32) -> Result<bool> {
+        const STEP: &str = "look whether a build was claimed again";
+        let row =
+            answered(STEP, self.session()?.query_opt(queries::CLAIM_UNCHANGED, &[&id.build.0, &id.attempt])).await?;
+        Ok(row.is_some_and(|row| row.get::<_, i32>(0) == seen))
     }
 
     /// Shows that the claim still stands, and keeps the server from ending its session.
@@ -284,20 +296,26 @@ impl Drop for Claim {
     }
 }
 
-/// When the next ping is due, and the last time the claim was seen to stand.
+/// The last time the claim was seen to stand.
+#[derive(Clone, Copy, Debug)]
 pub struct Pulse {
-    /// Last confirmation.
-    pub confirmed: Instant,
+    /// A moment at which it certainly stood, or later: just before what confirmed it was sent. On the clock of leases.
+    pub confirmed: Duration,
 }
 
 impl Pulse {
-    /// A claim that was just confirmed.
+    /// Of a claim that is about to be confirmed, or was just taken.
     pub fn now() -> Pulse {
-        Pulse { confirmed: Instant::now() }
+        Pulse { confirmed: boottime() }
+    }
+
+    /// Time since then.
+    pub fn age(&self) -> Duration {
+        boottime().saturating_sub(self.confirmed)
     }
 
     /// How long a ping may take: up to [`ANSWER_TIME`], less when the lease ends before.
     pub fn patience(&self, lease: Duration) -> Duration {
-        lease.saturating_sub(self.confirmed.elapsed()).min(ANSWER_TIME)
+        lease.saturating_sub(self.age()).min(ANSWER_TIME)
     }
 }

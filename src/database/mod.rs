@@ -40,10 +40,10 @@ pub const WORK_CONNECTIONS: u32 = 4;
 /// Settings of sessions that run short statements. The keepalives are the server's side: a dead daemon's session ends, and with
 /// it the lock on the worker's name, after some 11 s. `buildreactor.session` tells the triggers that this is no person.
 /// `enable_seqscan`: with a long claim open the queue is mostly dead rows, its statistics mean little, and a sequential
-/// scan would read them all.
+/// scan would read them all. `jit`: with such estimates short statements would be compiled for longer than they run.
 const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
     SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
-    SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET default_transaction_isolation = 'read committed'; \
+    SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET jit = off; SET default_transaction_isolation = 'read committed'; \
     SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')";
 
 /// The databases' connections of one daemon or command.
@@ -73,7 +73,7 @@ impl Database {
         let claim_session = format!(
             "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
              SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = 0; SET lock_timeout = '5s'; \
-             SET idle_in_transaction_session_timeout = {idle}; SET enable_seqscan = off; \
+             SET idle_in_transaction_session_timeout = {idle}; SET enable_seqscan = off; SET jit = off; \
              SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
              SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')",
             idle = limits.claim_idle.as_millis(),

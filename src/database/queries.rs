@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use tokio_postgres::types::ToSql;
+
 use super::{Database, Result, answered};
 use crate::model::{AttemptId, BuildId, Job};
 
@@ -21,14 +23,18 @@ statements! {
     ATTEMPT_STATE = "attempt_state.sql";
     BEGIN_ATTEMPT = "begin_attempt.sql";
     CLAIM_AGAIN = "claim_again.sql";
+    CLAIM_COUNT = "claim_count.sql";
     CLAIM_ROW = "claim_row.sql";
     CLAIM_SLOT = "claim_slot.sql";
+    CLAIM_UNCHANGED = "claim_unchanged.sql";
     LOG_DELETE = "log_delete.sql";
     LOG_INSERT = "log_insert.sql";
+    LOG_PIECES = "log_pieces.sql";
     LOOK_ALL = "look_all.sql";
     LOOK_ASKERS = "look_askers.sql";
     LOOK_BUILDERS = "look_builders.sql";
     LOOK_CANCELS = "look_cancels.sql";
+    LOOK_MINE = "look_mine.sql";
     LOOK_NEW = "look_new.sql";
     LOOK_UNLOCKED = "look_unlocked.sql";
     NEXT_DUE = "next_due.sql";
@@ -88,6 +94,10 @@ pub enum LogChange {
         seq: i64,
         /// Its text, without NUL.
         content: String,
+        /// Bytes of output up to its end.
+        position: u64,
+        /// Bytes of output that it stands for, as a marker.
+        left_out: Option<u64>,
     },
     /// Removes the pieces `first..=last`.
     Delete {
@@ -97,6 +107,22 @@ pub enum LogChange {
         last: i64,
     },
 }
+
+/// A piece of a log as the database has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogPiece {
+    /// Order of the piece.
+    pub seq: i64,
+    /// Bytes of output up to its end.
+    pub position: u64,
+    /// Bytes of output that it stands for, as a marker.
+    pub left_out: Option<u64>,
+    /// Bytes of its text.
+    pub size: u64,
+}
+
+/// An attempt that this worker was running when its last daemon left, with the number of its builder.
+pub type Mine = (Job, i32);
 
 impl Database {
     /// Makes an attempt visible, and brings everything needed to run it. `None`: the builder is paused, or its limits
@@ -127,6 +153,7 @@ impl Database {
         let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1));
         Ok(Some(Job {
             id: AttemptId { build, attempt: row.get("attempt") },
+            started_us: row.get("started_us"),
             builder: row.get("builder"),
             slot,
             worker: worker.to_owned(),
@@ -140,6 +167,63 @@ impl Database {
             keep_workspace: row.get("keep_workspace"),
             dir: std::path::PathBuf::new(),
         }))
+    }
+
+    /// What `worker` was running when its last daemon left. The jobs hold what an adopted one needs, without the folder.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn mine(&self, worker: &str) -> Result<Vec<Mine>> {
+        const STEP: &str = "look for this worker's own builds";
+        let session = self.work().await?;
+        let rows = answered(STEP, session.query(LOOK_MINE, &[&worker])).await?;
+        let job = |row: &tokio_postgres::Row| Job {
+            id: AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") },
+            started_us: row.get("started_us"),
+            builder: row.get("builder"),
+            slot: row.get("slot"),
+            worker: worker.to_owned(),
+            executor: row.get("executor"),
+            script: None,
+            env: Vec::new(),
+            properties: Vec::new(),
+            row: String::new(),
+            timeout: Duration::ZERO,
+            silence_timeout: None,
+            keep_workspace: row.get("keep_workspace"),
+            dir: std::path::PathBuf::new(),
+        };
+        Ok(rows.iter().map(|row| (job(row), row.get("number"))).collect())
+    }
+
+    /// Counts a claim that was taken again, while its row is locked. False: the attempt is not its build's running one any more.
+    ///
+    /// # Errors
+    /// Unknown then; the claim is not to be relied on.
+    pub async fn count_claim(&self, id: AttemptId) -> Result<bool> {
+        const STEP: &str = "count a claim";
+        let session = self.work().await?;
+        Ok(answered(STEP, session.query_opt(CLAIM_COUNT, &[&id.build.0, &id.attempt])).await?.is_some())
+    }
+
+    /// The pieces of a log that are there, in order.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn log_pieces(&self, id: AttemptId) -> Result<Vec<LogPiece>> {
+        const STEP: &str = "look up what is written of a log";
+        let session = self.work().await?;
+        let rows = answered(STEP, session.query(LOG_PIECES, &[&id.build.0, &id.attempt])).await?;
+        let bytes = |n: i64| u64::try_from(n).unwrap_or(0);
+        Ok(rows
+            .iter()
+            .map(|row| LogPiece {
+                seq: row.get("seq"),
+                position: bytes(row.get("position")),
+                left_out: row.get::<_, Option<i64>>("left_out").map(bytes),
+                size: bytes(row.get("size")),
+            })
+            .collect())
     }
 
     /// What `build_attempts` says of an attempt, and whether it is still its build's running one. `None`: no such attempt.
@@ -167,8 +251,12 @@ impl Database {
         answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
         for change in changes {
             match change {
-                LogChange::Put { seq, content } => {
-                    answered(STEP, transaction.execute(&put, &[&id.build.0, &id.attempt, seq, content])).await?;
+                LogChange::Put { seq, content, position, left_out } => {
+                    let bytes = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+                    let (position, left_out) = (bytes(*position), left_out.map(bytes));
+                    let values: [&(dyn ToSql + Sync); 6] =
+                        [&id.build.0, &id.attempt, seq, content, &position, &left_out];
+                    answered(STEP, transaction.execute(&put, &values)).await?;
                 }
                 LogChange::Delete { first, last } => {
                     answered(STEP, transaction.execute(&delete, &[&id.build.0, &id.attempt, first, last])).await?;
@@ -178,11 +266,18 @@ impl Database {
         answered(STEP, transaction.commit()).await
     }
 
-    /// Reports in. `not_accepting`: why it claims nothing.
+    /// Reports in. `detail`: one line for people. `accepting`: whether it claims builds.
     ///
     /// # Errors
     /// Not reported; the next look tries again.
-    pub async fn hello(&self, hello: &Hello, state: &str, not_accepting: Option<&str>, started: bool) -> Result<Heard> {
+    pub async fn hello(
+        &self,
+        hello: &Hello,
+        state: &str,
+        detail: Option<&str>,
+        accepting: bool,
+        started: bool,
+    ) -> Result<Heard> {
         const STEP: &str = "report this worker";
         let session = self.work().await?;
         let row = answered(
@@ -198,9 +293,9 @@ impl Database {
                     &hello.labels,
                     &hello.builders,
                     &state,
-                    &not_accepting,
+                    &detail,
                     &started,
-                    &not_accepting.is_none(),
+                    &accepting,
                 ],
             ),
         )

@@ -257,6 +257,7 @@ impl Watch {
                 worker: row.get("worker"),
                 builder: row.get("builder"),
                 slot: row.get("slot"),
+                claims: row.get("claims"),
             })
             .collect())
     }

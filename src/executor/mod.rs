@@ -7,7 +7,10 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::{Ended, Job};
@@ -15,15 +18,38 @@ use crate::model::{Ended, Job};
 /// A boxed future, because executors are looked up by name.
 pub type Running<'a> = Pin<Box<dyn Future<Output = Ended> + Send + 'a>>;
 
+/// How an attempt is begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It has not run yet.
+    Start,
+    /// An earlier daemon of this worker started it: go on with what is there.
+    Adopt,
+}
+
+/// What holds an attempt while it runs.
+#[derive(Clone, Debug)]
+pub struct Tether {
+    /// When cancelled, the attempt is ended soon: terminate, then kill.
+    pub stop: CancellationToken,
+    /// Until when its processes may live ([`crate::clock::boottime`]); moved on with each confirmation of the claim.
+    pub lease: watch::Receiver<Duration>,
+    /// Set once it would go on without this daemon, and be found again by the next.
+    pub begun: Arc<AtomicBool>,
+}
+
 /// Runs attempts of one kind.
 pub trait Executor: Send + Sync {
     /// Runs `job` until it has ended and nothing of it is left, and says how it ended. Its output goes to the file `log` in
-    /// `job.dir`, live. When `stop` is cancelled the attempt is ended soon (terminate, then kill); the answer then is how
-    /// its process ended. Never fails: what goes wrong is an [`Ended`] of the machinery.
+    /// `job.dir`, live. Never fails: what goes wrong is an [`Ended`] of the machinery. Of an adopted attempt only what an
+    /// [`crate::model::Job`] says to be there is used.
     ///
     /// # Cancel safety
-    /// Not safe: dropping the future leaves the attempt running until the daemon ends.
-    fn run<'a>(&'a self, job: &'a Job, stop: &'a CancellationToken) -> Running<'a>;
+    /// Dropping the future leaves the attempt running until the end of its lease, or until it is adopted.
+    fn run<'a>(&'a self, job: &'a Job, begin: Begin, tether: Tether) -> Running<'a>;
+
+    /// One line about how it works here, for `workers.detail`.
+    fn detail(&self) -> String;
 }
 
 /// Executors by their name in `builders.executor`.
@@ -37,9 +63,16 @@ impl Registry {
     ///
     /// # Errors
     /// One cannot work here.
-    pub fn new(settings: process::Settings) -> std::io::Result<Registry> {
-        let process: Arc<dyn Executor> = Arc::new(process::ProcessExecutor::new(settings)?);
+    pub async fn new(settings: process::Settings) -> std::io::Result<Registry> {
+        let process: Arc<dyn Executor> = Arc::new(process::ProcessExecutor::new(settings).await?);
         Ok(Registry { by_name: Arc::new(HashMap::from([("process", process)])) })
+    }
+
+    /// One line about how builds run here, for `workers.detail`.
+    pub fn detail(&self) -> String {
+        let mut details: Vec<String> = self.by_name.values().map(|executor| executor.detail()).collect();
+        details.sort();
+        details.join("; ")
     }
 
     /// The executor `name`.

@@ -31,14 +31,18 @@ pub struct Source {
     pub limit: u64,
     /// The worker's name, for the marker.
     pub worker: String,
+    /// An earlier daemon has written some of it.
+    pub resume: bool,
 }
 
 /// Copies the log until `ended`, then its rest. Problems are logged, and tried again with the next piece.
 ///
 /// # Cancel safety
-/// Safe: each write is a transaction; what is missing then stays in the file alone.
+/// Safe: each write is a transaction, and the next daemon goes on where it ended; what is missing then stays in the file alone.
 pub async fn ship(database: Database, source: Source, ended: CancellationToken) {
-    let mut pieces = Pieces::new(source.limit, format!("{}/log on worker {}", source.dir.display(), source.worker));
+    let rest = format!("{}/log on worker {}", source.dir.display(), source.worker);
+    // Known with the first look that succeeds.
+    let mut pieces = (!source.resume).then(|| Pieces::new(source.limit, rest.clone()));
     let mut warned = false;
     let mut deadline = None;
     loop {
@@ -49,7 +53,7 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
             }
         }
         let last = deadline.is_some();
-        let round = round(&database, &source, &mut pieces, last);
+        let round = round(&database, &source, &rest, &mut pieces, last);
         let result = match deadline {
             Some(at) => timeout_at(at, round).await.unwrap_or_else(|_| Err("no answer in time".into())),
             None => round.await,
@@ -76,8 +80,20 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// One look at the file, and one transaction if it has grown. `pieces` moves on only when that was committed.
-async fn round(database: &Database, source: &Source, pieces: &mut Pieces, last: bool) -> Result<(), Failure> {
-    let (dir, mut next) = (source.dir.clone(), pieces.clone());
+async fn round(
+    database: &Database,
+    source: &Source,
+    rest: &str,
+    pieces: &mut Option<Pieces>,
+    last: bool,
+) -> Result<(), Failure> {
+    let told = |error| crate::report::Chain(&error).to_string();
+    let known = match pieces.take() {
+        Some(known) => known,
+        None => Pieces::resume(source.limit, rest.to_owned(), &database.log_pieces(source.id).await.map_err(told)?),
+    };
+    let (dir, mut next) = (source.dir.clone(), known.clone());
+    *pieces = Some(known);
     let (next, changes) = tokio::task::spawn_blocking(move || {
         let changes = next.advance(&dir, last);
         (next, changes)
@@ -85,8 +101,8 @@ async fn round(database: &Database, source: &Source, pieces: &mut Pieces, last: 
     .await?;
     let changes = changes?;
     if !changes.is_empty() {
-        database.write_log(source.id, &changes).await.map_err(|error| crate::report::Chain(&error).to_string())?;
+        database.write_log(source.id, &changes).await.map_err(told)?;
     }
-    *pieces = next;
+    *pieces = Some(next);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 
-use crate::database::queries::LogChange;
+use crate::database::queries::{LogChange, LogPiece};
 use crate::logs::file::OutputReader;
 
 /// Largest piece, bytes of output.
@@ -46,6 +46,32 @@ impl Pieces {
     /// Of an empty log. `limit`: bytes of text to keep, to within a piece. `rest`: where the whole log is.
     pub fn new(limit: u64, rest: String) -> Pieces {
         Pieces { half: limit / 2, rest, position: 0, seq: 1, head: 0, gap: None }
+    }
+
+    /// Of a log of which an earlier daemon has written these, in order.
+    pub fn resume(limit: u64, rest: String, written: &[LogPiece]) -> Pieces {
+        let mut pieces = Pieces::new(limit, rest);
+        for piece in written {
+            let position = piece.position;
+            if let Some(size) = piece.left_out {
+                let from = position.saturating_sub(size);
+                pieces.gap =
+                    Some(Gap { from, to: position, marker: piece.seq, marked: Some(size), tail: VecDeque::new() });
+            } else {
+                // The marker's seq is kept free once the beginning is full.
+                if pieces.gap.is_none() && piece.seq > pieces.seq {
+                    pieces.seq = piece.seq - 1;
+                    pieces.open_gap();
+                }
+                match &mut pieces.gap {
+                    Some(gap) => gap.tail.push_back((piece.seq, position, piece.size)),
+                    None => pieces.head += piece.size,
+                }
+            }
+            pieces.position = position;
+            pieces.seq = piece.seq + 1;
+        }
+        pieces
     }
 
     /// Brings the database up to what the log in `dir` holds now. `last`: it has ended; what looks like half a character
@@ -94,10 +120,11 @@ impl Pieces {
         self.seq += 1;
     }
 
+    /// Adds the text that ends at `position`.
     fn put(&mut self, content: String, changes: &mut Vec<LogChange>) -> i64 {
-        let seq = self.seq;
+        let (seq, position) = (self.seq, self.position);
         self.seq += 1;
-        changes.push(LogChange::Put { seq, content });
+        changes.push(LogChange::Put { seq, content, position, left_out: None });
         seq
     }
 
@@ -151,7 +178,8 @@ impl Pieces {
         let left_out = gap.to - gap.from;
         if left_out > 0 && gap.marked != Some(left_out) {
             let content = format!("\n[buildreactor: {left_out} bytes of output left out here; see {}]\n", self.rest);
-            changes.push(LogChange::Put { seq: gap.marker, content });
+            let (seq, position) = (gap.marker, gap.to);
+            changes.push(LogChange::Put { seq, content, position, left_out: Some(left_out) });
             gap.marked = Some(left_out);
         } else if left_out == 0 && gap.marked.take().is_some() {
             changes.push(LogChange::Delete { first: gap.marker, last: gap.marker });
@@ -210,11 +238,13 @@ mod tests {
     use super::*;
     use crate::logs::file::OutputWriter;
 
+    type Row = (String, u64, Option<u64>);
+
     struct Log {
         dir: std::path::PathBuf,
         writer: OutputWriter,
         pieces: Pieces,
-        rows: BTreeMap<i64, String>,
+        rows: BTreeMap<i64, Row>,
     }
 
     impl Log {
@@ -236,13 +266,26 @@ mod tests {
         fn advance(&mut self, last: bool) -> String {
             for change in self.pieces.advance(&self.dir, last).unwrap() {
                 match change {
-                    LogChange::Put { seq, content } => {
-                        self.rows.insert(seq, content);
+                    LogChange::Put { seq, content, position, left_out } => {
+                        self.rows.insert(seq, (content, position, left_out));
                     }
                     LogChange::Delete { first, last } => self.rows.retain(|seq, _| !(first..=last).contains(seq)),
                 }
             }
-            self.rows.values().cloned().collect()
+            self.rows.values().map(|(content, ..)| content.as_str()).collect()
+        }
+
+        /// As a new daemon does.
+        fn resume(&mut self) -> &mut Self {
+            let piece = |(seq, (content, position, left_out)): (&i64, &Row)| LogPiece {
+                seq: *seq,
+                position: *position,
+                left_out: *left_out,
+                size: content.len() as u64,
+            };
+            let written: Vec<LogPiece> = self.rows.iter().map(piece).collect();
+            self.pieces = Pieces::resume(self.pieces.half * 2, "FILE".into(), &written);
+            self
         }
     }
 
@@ -333,5 +376,33 @@ mod tests {
         let mut log = Log::new(limit as u64, 128 << 10);
         let all = lines(0, 200_000);
         check(&log.write(all.as_bytes()).advance(true), &all, limit);
+    }
+
+    #[test]
+    fn a_new_daemon_goes_on_where_the_last_one_ended_without_a_gap_or_a_repeat() {
+        let limit = 256 << 10;
+        // Short pieces, long ones, and a flood that is skipped; a new daemon after each.
+        for lines_a_step in [10, 700, 20_000] {
+            let mut log = Log::new(limit as u64, 1 << 30);
+            let mut all = String::new();
+            for step in 0..100 {
+                let more = lines(step * lines_a_step, (step + 1) * lines_a_step);
+                all.push_str(&more);
+                let text = log.write(more.as_bytes()).resume().advance(false);
+                if all.len() <= limit / 2 {
+                    assert_eq!(text, all);
+                } else if all.len() > limit * 2 {
+                    check(&text, &all, limit);
+                }
+            }
+            let text = log.resume().advance(true);
+            if all.len() > limit {
+                check(&text, &all, limit)
+            } else {
+                assert_eq!(text, all)
+            }
+            let again = log.resume().advance(true);
+            assert_eq!(again, text);
+        }
     }
 }

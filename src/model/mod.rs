@@ -79,20 +79,24 @@ pub struct Unlocked {
     pub builder: String,
     /// The builder's slot that it uses; 0: none.
     pub slot: i32,
+    /// `build_attempts.claims`: another number means that it was held meanwhile.
+    pub claims: i32,
 }
 
-/// Everything an executor needs to run one attempt.
+/// Everything an executor needs to run one attempt. Of one that is adopted, only what is marked so is there.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// The attempt.
+    /// The attempt. Adopted too.
     pub id: AttemptId,
-    /// Its builder.
+    /// `build_attempts.started_at`, microseconds since 1970: with `id` it tells the attempt from one in another database. Adopted too.
+    pub started_us: i64,
+    /// Its builder. Adopted too.
     pub builder: String,
-    /// Which of the builder's slots it holds, from 1; no other running build holds the same.
+    /// Which of the builder's slots it holds, from 1; no other running build holds the same. Adopted too.
     pub slot: i32,
-    /// The worker's name.
+    /// The worker's name. Adopted too.
     pub worker: String,
-    /// `builders.executor`.
+    /// `builders.executor`. Adopted too.
     pub executor: String,
     /// `builders.script`.
     pub script: Option<String>,
@@ -109,7 +113,7 @@ pub struct Job {
     pub silence_timeout: Option<Duration>,
     /// Reuse the builder's working directory.
     pub keep_workspace: bool,
-    /// Folder of this attempt: `log` and the executor's own files.
+    /// Folder of this attempt: `log` and the executor's own files. Adopted too.
     pub dir: PathBuf,
 }
 

@@ -1,21 +1,26 @@
 //! One attempt, from the claim to the COMMIT of its result. The claim's transaction stays open all the while (invariant 2).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use crate::database::claim::Pulse;
 use crate::database::{Claim, DatabaseError, Tried};
+use crate::executor::{Begin, Tether};
 use crate::logs;
-use crate::model::{AttemptId, BuildId, Builder, Ended, Job, Outcome, Recorded};
+use crate::model::{AttemptId, BuildId, Builder, Ended, Job, Outcome, Recorded, Unlocked};
 use crate::report::Chain;
 
 /// Between two tries to get a lost claim back, or to record a result while the database is away.
 const RETAKE: Duration = Duration::from_millis(500);
+
+/// How long the last ping of a daemon that leaves may take.
+const LAST_PING: Duration = Duration::from_millis(300);
 
 /// What an attempt tells the reactor on its way.
 #[derive(Debug)]
@@ -73,6 +78,8 @@ pub enum Done {
     Failed(DatabaseError),
     /// The attempt is over. `None`: its result was no longer ours to record.
     Ended(AttemptId, Option<Recorded>),
+    /// The daemon leaves, and the attempt goes on: for the next one.
+    Left(AttemptId),
 }
 
 /// Claims one of `candidates` and runs it to its end.
@@ -106,6 +113,7 @@ pub async fn attempt(
         }
         Err(error) => return Done::Failed(error),
     };
+    let pulse = Pulse::now();
     let begun = shared.database.begin_attempt(build, &shared.hello.name, slot, &lock_units, &shared.hello.labels).await;
     let mut job = match begun {
         Ok(Some(job)) => job,
@@ -128,15 +136,28 @@ pub async fn attempt(
     shared.herald.event(job.id, &job.builder, &job.worker, "running", "started");
     tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
         "build {} of {} started", job.id, job.builder);
-    Attempt { shared, builder, job, claim: Some(claim), pulse: Pulse::now(), stop }.run().await
+    Attempt::new(shared, builder.number, job, pulse, stop, Some(claim)).run(Begin::Start).await
+}
+
+/// Goes on with an attempt that this worker was running when its last daemon left.
+///
+/// # Cancel safety
+/// Not safe, as [`attempt`].
+pub async fn adopt(shared: &Shared, number: i32, job: Job, stop: Stop) -> Done {
+    tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
+        "build {} of {} is taken over from this worker's last daemon", job.id, job.builder);
+    Attempt::new(shared, number, job, Pulse::now(), stop, None).run(Begin::Adopt).await
 }
 
 struct Attempt<'a> {
     shared: &'a Shared,
-    builder: &'a Builder,
+    /// Key of the builder's slots.
+    number: i32,
     job: Job,
     claim: Option<Claim>,
     pulse: Pulse,
+    /// Tells the executor of each confirmation.
+    lease: watch::Sender<Duration>,
     stop: Stop,
 }
 
@@ -158,8 +179,13 @@ enum Retaken {
     NoLongerOurs,
 }
 
-impl Attempt<'_> {
-    async fn run(mut self) -> Done {
+impl<'a> Attempt<'a> {
+    fn new(shared: &'a Shared, number: i32, job: Job, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
+        let lease = watch::Sender::new(pulse.confirmed + shared.settings.lease);
+        Attempt { shared, number, job, claim, pulse, lease, stop }
+    }
+
+    async fn run(mut self, begin: Begin) -> Done {
         let started = Instant::now();
         let id = self.job.id;
         let log_ended = CancellationToken::new();
@@ -168,9 +194,15 @@ impl Attempt<'_> {
             dir: self.job.dir.clone(),
             limit: self.shared.settings.database_limit,
             worker: self.job.worker.clone(),
+            resume: begin == Begin::Adopt,
         };
         let shipper = crate::tasks::spawn(logs::ship(self.shared.database.clone(), source, log_ended.clone()));
-        let mut ended = self.execute().await;
+        let Some(mut ended) = self.execute(begin).await else {
+            // Dropping the claim lets go of the row, and the shipper leaves off where its last transaction did.
+            tracing::info!(build.id = %id.build, build.attempt = id.attempt,
+                "build {id} goes on; it lives for {} s more, or until worker `{}` comes back", self.shared.settings.lease.as_secs(), self.job.worker);
+            return Done::Left(id);
+        };
         log_ended.cancel();
         if let Err(error) = shipper.await {
             tracing::error!(build.id = %id.build, "the log of build {id} was not written to its end: {error}");
@@ -178,7 +210,10 @@ impl Attempt<'_> {
         if let (Outcome::Lost, Some(reason)) = (ended.outcome, self.stop.cancelled.get()) {
             let detail = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
             ended = Ended { outcome: Outcome::Cancelled, detail: Some(detail), ..ended };
-        } else if ended.outcome == Outcome::Lost && self.shared.giving_back.is_cancelled() {
+        } else if ended.outcome == Outcome::Lost
+            && (self.shared.giving_back.is_cancelled() || self.shared.leaving.is_cancelled())
+            && self.pulse.age() < self.shared.settings.lease
+        {
             let detail = format!("given back: worker `{}` stopped", self.job.worker);
             ended = Ended { outcome: Outcome::GivenBack, exit: None, detail: Some(detail), ..ended };
         }
@@ -194,33 +229,47 @@ impl Attempt<'_> {
     }
 
     /// Runs the executor, and meanwhile keeps the claim: a ping each `[lease] ping`, and when it is lost, tries to take it
-    /// again until the lease is over. Then the build is stopped, before anybody else may start it.
-    async fn execute(&mut self) -> Ended {
+    /// again until the lease is over. Then the build is stopped, before anybody else may start it; the keeper sees to that too. `None`: the
+    /// daemon leaves, and the attempt goes on without it.
+    async fn execute(&mut self, begin: Begin) -> Option<Ended> {
+        let begun = Arc::new(AtomicBool::new(false));
+        let tether = Tether { stop: self.stop.token.clone(), lease: self.lease.subscribe(), begun: Arc::clone(&begun) };
         // Borrowed apart, so that the run can go on while the claim is tended.
-        let (job, stop) = (self.job.clone(), self.stop.token.clone());
+        let job = self.job.clone();
         let Some(executor) = self.shared.executors.get(&job.executor) else {
-            return Ended::without_process(
+            return Some(Ended::without_process(
                 Outcome::Error,
                 format!("worker `{}` has no executor `{}`", job.worker, job.executor),
-            );
+            ));
         };
         // A task of its own: it shares the keeper with others, who must not wait while this one's claim is tended.
-        let mut run = crate::tasks::spawn(async move { executor.run(&job, &stop).await });
+        let mut run = crate::tasks::spawn(async move { executor.run(&job, begin, tether).await });
         let ping = self.shared.settings.ping;
         let mut tick = interval_at(Instant::now() + ping, ping);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let asked = Arc::clone(&self.stop.asked);
-        let mut given_up = None;
+        let leaving = self.shared.leaving.clone();
+        let (mut given_up, mut stays) = (None, false);
         loop {
             let retake = self.claim.is_none() && given_up.is_none();
             tokio::select! {
                 ended = &mut run => {
                     let ended = ended.unwrap_or_else(|error| Ended::without_process(Outcome::Error, format!("the executor failed: {error}")));
-                    break match given_up {
-                        Some(why) => Ended { detail: Some(why), outcome: Outcome::Lost, exit: None, ..ended },
-                        None => ended,
-                    };
+                    break Some(match given_up {
+                        Some(why) if ended.outcome == Outcome::Lost => Ended { detail: Some(why), exit: None, ..ended },
+                        Some(_) | None => ended,
+                    });
                 },
+                () = leaving.cancelled(), if !stays => {
+                    if begun.load(Ordering::Acquire) && !self.stop.token.is_cancelled() {
+                        // The next daemon then has the whole lease to come.
+                        self.ping(LAST_PING).await;
+                        break None;
+                    }
+                    // Nobody would find it again: it is given back.
+                    self.stop.token.cancel();
+                    stays = true;
+                }
                 _ = tick.tick() => {}
                 () = asked.notified() => self.step_aside().await,
                 () = tokio::time::sleep(RETAKE), if retake => {}
@@ -247,18 +296,8 @@ impl Attempt<'_> {
     async fn tend_claim(&mut self) -> Option<String> {
         let lease = self.shared.settings.lease;
         let id = self.job.id;
-        if let Some(claim) = &self.claim {
-            match claim.ping(self.pulse.patience(lease)).await {
-                Ok(()) => {
-                    self.pulse = Pulse::now();
-                    return None;
-                }
-                Err(error) => {
-                    tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
-                        "the claim of build {id} is lost; the build goes on while I try to take it again: {}", Chain(&error));
-                    self.claim = None;
-                }
-            }
+        if self.claim.is_some() && self.ping(self.pulse.patience(lease)).await {
+            return None;
         }
         let patience = self.pulse.patience(lease);
         match tokio::time::timeout(patience, self.retake()).await {
@@ -267,7 +306,7 @@ impl Attempt<'_> {
                 None
             }
             Ok(Retaken::NoLongerOurs) => Some("its claim was lost, and others have ended this attempt".to_owned()),
-            Ok(Retaken::NotNow) | Err(_) if self.pulse.confirmed.elapsed() >= lease => {
+            Ok(Retaken::NotNow) | Err(_) if self.pulse.age() >= lease => {
                 let why = format!("its claim was lost for longer than the lease of {} s", lease.as_secs());
                 tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "build {id} is stopped: {why}");
                 Some(why)
@@ -276,30 +315,62 @@ impl Attempt<'_> {
         }
     }
 
+    /// Whether the claim stands; if not, it is lost for now.
+    async fn ping(&mut self, patience: Duration) -> bool {
+        let Some(claim) = &self.claim else { return false };
+        let id = self.job.id;
+        let pulse = Pulse::now();
+        match claim.ping(patience).await {
+            Ok(()) => {
+                self.confirmed(pulse);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+                    "the claim of build {id} is lost; the build goes on while I try to take it again: {}", Chain(&error));
+                self.claim = None;
+                false
+            }
+        }
+    }
+
+    fn confirmed(&mut self, pulse: Pulse) {
+        self.pulse = pulse;
+        self.lease.send_replace(pulse.confirmed + self.shared.settings.lease);
+    }
+
     async fn retake(&mut self) -> Retaken {
         let id = self.job.id;
         let retaken = async {
             // Over a new connection; those that died with the claim are found out by the pool.
             let mut claim = self.shared.database.claim().await?;
-            if claim.take_again(id, Some((self.builder.number, self.job.slot))).await? {
+            if claim.take_again(id, Some((self.number, self.job.slot))).await? {
                 return Ok(Some(claim));
             }
             claim.finish();
             Ok::<_, DatabaseError>(None)
         };
-        let claim = retaken.await;
-        match self.shared.database.attempt_state(id).await {
-            Ok(Some((state, true))) if state == "running" => {}
-            Ok(_) => return Retaken::NoLongerOurs,
-            Err(_) => return Retaken::NotNow,
-        }
-        match claim {
+        match retaken.await {
             Ok(Some(claim)) => {
-                self.claim = Some(claim);
-                self.pulse = Pulse::now();
-                Retaken::Yes
+                // Counted before the lease is renewed: see `Lost`.
+                let pulse = Pulse::now();
+                match self.shared.database.count_claim(id).await {
+                    Ok(true) => {
+                        self.claim = Some(claim);
+                        self.confirmed(pulse);
+                        Retaken::Yes
+                    }
+                    Ok(false) => Retaken::NoLongerOurs,
+                    Err(_) => Retaken::NotNow,
+                }
             }
-            Ok(None) | Err(_) => Retaken::NotNow,
+            // Somebody holds the row, or there is none any more.
+            Ok(None) => match self.shared.database.attempt_state(id).await {
+                Ok(Some((state, true))) if state == "running" => Retaken::NotNow,
+                Ok(_) => Retaken::NoLongerOurs,
+                Err(_) => Retaken::NotNow,
+            },
+            Err(_) => Retaken::NotNow,
         }
     }
 
@@ -311,8 +382,8 @@ impl Attempt<'_> {
         let mut pause = Pause(RETAKE);
         loop {
             if self.shared.giving_up.is_cancelled() {
-                tracing::error!(build.id = %id.build, build.attempt = id.attempt,
-                    "stopping without having recorded the result of build {id}; it will be tried again as lost");
+                tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
+                    "leaving without having recorded the result of build {id}; it is kept on this worker's disk for its next start");
                 return None;
             }
             if self.claim.is_none() {
@@ -376,9 +447,15 @@ impl Attempt<'_> {
 ///
 /// # Errors
 /// Nothing was recorded.
-pub async fn recover(shared: &Shared, id: AttemptId, worker: &str) -> Result<Option<Recorded>, DatabaseError> {
+pub async fn recover(shared: &Shared, lost: &Unlocked) -> Result<Option<Recorded>, DatabaseError> {
+    let (id, worker) = (lost.id, &lost.worker);
     let mut claim = shared.database.claim().await?;
     if !claim.take_again(id, None).await? {
+        claim.finish();
+        return Ok(None);
+    }
+    if !claim.is_unchanged(id, lost.claims).await? {
+        claim.release().await?;
         claim.finish();
         return Ok(None);
     }

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::candidates::EACH;
 use super::eligible::{matches, short_of_disk};
-use super::{AFTER_FAILURE, ASKERS, Finished, NEW, Order, PROMOTE, Reactor, attempt};
+use super::{AFTER_FAILURE, ASKERS, Active, Finished, NEW, Order, PROMOTE, Reactor, Stop, adopt, attempt};
 use crate::database::DatabaseError;
 use crate::model::Builder;
 use crate::report::Chain;
@@ -14,6 +14,9 @@ use crate::report::Chain;
 impl Reactor {
     /// Looks at what is due: everything, or what is new.
     pub(super) async fn look(&mut self) -> Result<(), DatabaseError> {
+        if self.watch.is_some() && !self.adopted {
+            self.adopt().await?;
+        }
         let Some(watch) = &self.watch else { return Ok(()) };
         let now = Instant::now();
         let mut everything = now >= self.timers.everything || self.snapshot.is_none();
@@ -92,9 +95,9 @@ impl Reactor {
             }
             self.timers.lost = now + self.shared.settings.ping;
             let running = &self.running;
-            for (id, worker) in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
+            for lost in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
                 let shared = Arc::clone(&self.shared);
-                self.tasks.spawn(async move { Finished::Recovery(id, attempt::recover(&shared, id, &worker).await) });
+                self.tasks.spawn(async move { Finished::Recovery(lost.id, attempt::recover(&shared, &lost).await) });
             }
         }
         let was_accepting = self.not_accepting.is_none();
@@ -120,10 +123,31 @@ impl Reactor {
         Ok(())
     }
 
+    /// Takes over what this worker's last daemon left. Before anything is claimed: these builds have their slots.
+    async fn adopt(&mut self) -> Result<(), DatabaseError> {
+        for (mut job, number) in self.shared.database.mine(&self.shared.hello.name).await? {
+            job.dir = self.shared.folders.attempt(job.id);
+            // Else it ran under this name elsewhere, and is left alone for `grace`.
+            if !crate::executor::process::is_of(&job.dir, job.started_us) {
+                continue;
+            }
+            let (stop, shared) = (Stop::default(), Arc::clone(&self.shared));
+            self.running.insert(job.id, Active { builder: job.builder.clone(), stop: stop.clone() });
+            self.tasks.spawn(async move {
+                let builder = job.builder.clone();
+                Finished::Attempt(builder, adopt(&shared, number, job, stop).await)
+            });
+        }
+        self.adopted = true;
+        Ok(())
+    }
+
     async fn report_in(&mut self) -> Result<(), DatabaseError> {
         let state = if self.leaving.is_some() { "draining" } else { "active" };
         let hello = &self.shared.hello;
-        let heard = self.shared.database.hello(hello, state, self.not_accepting.as_deref(), !self.said_hello).await?;
+        let accepting = self.not_accepting.is_none();
+        let detail = self.not_accepting.clone().unwrap_or_else(|| self.shared.executors.detail());
+        let heard = self.shared.database.hello(hello, state, Some(&detail), accepting, !self.said_hello).await?;
         self.others = heard.others;
         if heard.drain && self.leaving.is_none() {
             self.obey(Order::Drain);

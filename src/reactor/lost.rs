@@ -5,22 +5,20 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::executor::Folders;
 use crate::model::{AttemptId, Unlocked};
 
 /// When each unlocked attempt was first seen so, over one healthy connection.
 pub struct Lost {
     grace: Duration,
-    worker: String,
-    folders: Folders,
-    first_seen: HashMap<AttemptId, Instant>,
+    /// By attempt and the number of its claims: one that was claimed again meanwhile is another.
+    first_seen: HashMap<(AttemptId, i32), Instant>,
     in_hand: Vec<AttemptId>,
 }
 
 impl Lost {
     /// For this worker.
-    pub fn new(grace: Duration, worker: String, folders: Folders) -> Lost {
-        Lost { grace, worker, folders, first_seen: HashMap::new(), in_hand: Vec::new() }
+    pub fn new(grace: Duration) -> Lost {
+        Lost { grace, first_seen: HashMap::new(), in_hand: Vec::new() }
     }
 
     /// After a lost connection the waiting starts anew: what was not seen unlocked may have been held.
@@ -33,23 +31,19 @@ impl Lost {
         self.in_hand.retain(|known| *known != id);
     }
 
-    /// Takes a look's result; comes back with those whose time is over, and their worker. `mine`: attempts that this daemon
-    /// runs itself.
-    pub fn ripe(&mut self, unlocked: Vec<Unlocked>, mine: impl Fn(AttemptId) -> bool) -> Vec<(AttemptId, String)> {
+    /// Takes a look's result; comes back with those whose time is over. `mine`: attempts that this daemon runs itself.
+    pub fn ripe(&mut self, unlocked: Vec<Unlocked>, mine: impl Fn(AttemptId) -> bool) -> Vec<Unlocked> {
         let now = Instant::now();
-        self.first_seen.retain(|id, _| unlocked.iter().any(|seen| seen.id == *id));
+        self.first_seen.retain(|key, _| unlocked.iter().any(|seen| (seen.id, seen.claims) == *key));
         let mut ripe = Vec::new();
-        for Unlocked { id, worker, .. } in unlocked {
-            if mine(id) || self.in_hand.contains(&id) {
+        for seen in unlocked {
+            if mine(seen.id) || self.in_hand.contains(&seen.id) {
                 continue;
             }
-            let since = *self.first_seen.entry(id).or_insert(now);
-            // An earlier daemon of this name and folder: the keeper's lock, which we waited for at the start, has shown
-            // that every process of it is gone. Without the attempt's folder it ran elsewhere, under the same name.
-            let left_by_us = worker == self.worker && self.folders.attempt(id).exists();
-            if left_by_us || now.duration_since(since) >= self.grace {
-                self.in_hand.push(id);
-                ripe.push((id, worker));
+            let since = *self.first_seen.entry((seen.id, seen.claims)).or_insert(now);
+            if now.duration_since(since) >= self.grace {
+                self.in_hand.push(seen.id);
+                ripe.push(seen);
             }
         }
         ripe
@@ -63,10 +57,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn others_are_left_alone_for_grace_counted_without_a_break() {
-        let mut lost =
-            Lost::new(Duration::from_secs(60), "me".into(), Folders::new(std::path::Path::new("/nonexistent"), "me"));
+        let mut lost = Lost::new(Duration::from_secs(60));
         let id = AttemptId { build: BuildId(1), attempt: 1 };
-        let seen = || vec![Unlocked { id, worker: "other".into(), builder: "b".into(), slot: 1 }];
+        let held = |claims| vec![Unlocked { id, worker: "other".into(), builder: "b".into(), slot: 1, claims }];
+        let seen = || held(1);
         assert!(lost.ripe(seen(), |_| false).is_empty());
         tokio::time::advance(Duration::from_secs(59)).await;
         assert!(lost.ripe(seen(), |_| false).is_empty());
@@ -77,8 +71,12 @@ mod tests {
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(lost.ripe(seen(), |_| false).is_empty());
         tokio::time::advance(Duration::from_secs(60)).await;
-        assert_eq!(lost.ripe(seen(), |_| false), vec![(id, "other".to_owned())]);
-        assert!(lost.ripe(seen(), |_| false).is_empty(), "it is in hand");
+        assert!(lost.ripe(held(2), |_| false).is_empty(), "it was claimed again in between");
+        tokio::time::advance(Duration::from_secs(59)).await;
+        assert!(lost.ripe(held(2), |_| false).is_empty());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(lost.ripe(held(2), |_| false), held(2));
+        assert!(lost.ripe(held(2), |_| false).is_empty(), "it is in hand");
         lost.done(id);
         assert!(lost.ripe(seen(), |_| true).is_empty(), "it is our own");
     }

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::attempt::{Done, Progress, Stop, attempt};
+use self::attempt::{Done, Progress, Stop, adopt, attempt};
 use self::candidates::Candidates;
 use self::herald::Herald;
 use self::lost::Lost;
@@ -85,6 +85,8 @@ pub struct Shared {
     pub folders: Folders,
     /// Speaks to listeners.
     pub herald: Herald,
+    /// Cancelled when this daemon lets go of what runs, for the next one.
+    pub leaving: CancellationToken,
     /// Cancelled when running builds are to be stopped and given back.
     pub giving_back: CancellationToken,
     /// Cancelled when not even results are waited for any longer.
@@ -98,6 +100,8 @@ pub struct Shared {
 pub enum Order {
     /// Claim nothing more; leave when what runs has ended.
     Drain,
+    /// Claim nothing more, and leave soon; what runs goes on without this daemon.
+    Leave,
     /// Claim nothing more; stop what runs, give it back, leave.
     Stop,
 }
@@ -126,6 +130,8 @@ pub struct Reactor {
     timers: Timers,
     leaving: Option<Order>,
     others: i64,
+    /// What the last daemon left has been taken over.
+    adopted: bool,
     said_hello: bool,
     outage: Outage,
     failed: bool,
@@ -179,7 +185,7 @@ impl Reactor {
     /// A reactor for `shared`, taking `orders`.
     pub fn new(shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>) -> Reactor {
         let now = Instant::now();
-        let lost = Lost::new(shared.settings.grace, shared.hello.name.clone(), shared.folders.clone());
+        let lost = Lost::new(shared.settings.grace);
         Reactor {
             shared,
             news: Arc::default(),
@@ -199,6 +205,7 @@ impl Reactor {
             timers: Timers { everything: now, due: None, blocked: None, lost: now, settle: now, askers: now },
             leaving: None,
             others: 0,
+            adopted: false,
             said_hello: false,
             outage: Outage::default(),
             failed: false,
@@ -259,7 +266,7 @@ impl Reactor {
             }
             self.wait(None).await;
         }
-        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false);
+        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false, false);
         if self.said_hello
             && let Err(error) = goodbye.await
         {
@@ -448,6 +455,7 @@ impl Reactor {
                 tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
                 self.block(builder, AFTER_FAILURE);
             }
+            Done::Left(id) => drop(self.running.remove(&id)),
             Done::Ended(id, recorded) => {
                 self.running.remove(&id);
                 if let Some(recorded) = &recorded {
@@ -518,6 +526,12 @@ impl Reactor {
         match order {
             Order::Drain => {
                 tracing::info!(running = self.running.len(), "claiming nothing more; leaving when what runs has ended")
+            }
+            Order::Leave => {
+                tracing::info!(
+                    running = self.running.len(),
+                    "leaving; what runs goes on, for the next start of this worker"
+                )
             }
             Order::Stop => {
                 tracing::info!(running = self.running.len(), "stopping; what runs is given back to the queue")

@@ -315,6 +315,24 @@ impl Daemon {
         child.wait().unwrap();
     }
 
+    /// The keeper, if it lives.
+    pub fn keeper(&self) -> Option<i32> {
+        let name = &self.command.iter().find(|(key, _)| key == "BUILDREACTOR_WORKER_NAME").unwrap().1;
+        let pid = std::fs::read_to_string(self.state.path().join(name).join("keeper.lock")).ok()?.parse().ok()?;
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        (name.trim() == "br-keeper").then_some(pid)
+    }
+
+    /// kill -9 of the keeper, and with it of all builds; waits for their end.
+    pub fn kill_keeper(&self) {
+        let Some(pid) = self.keeper() else { return };
+        let _gone = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        let deadline = Instant::now() + SOON;
+        while !processes_of(&self.state).is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Waits for its end; comes back with the exit code.
     pub async fn exited(&mut self) -> Option<i32> {
         let mut child = self.child.take().unwrap();
@@ -342,9 +360,11 @@ fn lines(log: &Mutex<Vec<String>>) -> std::sync::MutexGuard<'_, Vec<String>> {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        self.kill_keeper();
         if let Some(mut child) = self.child.take() {
             let _ended = child.kill();
             let _reaped = child.wait();
+            self.kill_keeper();
             if std::thread::panicking() {
                 eprintln!("log of the daemon: {:#?}", lines(&self.log));
             }

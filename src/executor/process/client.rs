@@ -1,87 +1,211 @@
-//! The daemon's side of the keeper: starts it, gives it orders, hears how attempts end.
+//! The daemon's side of the keeper: finds or starts it, gives it orders, hears how attempts end.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
-use tokio::net::unix::OwnedWriteHalf;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::keeper::LOCK;
+use super::guardian::STATUS;
+use super::keeper::{LOCK, SOCKET};
 use super::protocol::{FromKeeper, Spec, Status, ToKeeper, VERSION};
+use crate::executor::Tether;
 
-/// How long processes of an earlier daemon may take to die.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(20);
+/// Name of the daemon's own lock file in the worker's folder; it holds its process id.
+const ONLY: &str = "daemon.lock";
 
-type Waiting = Arc<std::sync::Mutex<HashMap<String, oneshot::Sender<Status>>>>;
+/// How long processes of earlier attempts may take to die before somebody is told.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a keeper may take to say hello.
+const HELLO: Duration = Duration::from_secs(10);
+
+/// What is known of the attempts of a keeper.
+type Attempts = Arc<std::sync::Mutex<HashMap<String, Known>>>;
+
+enum Known {
+    /// It runs, and nobody has asked for it yet.
+    Found,
+    /// It runs, and this attempt waits for its end.
+    Awaited(oneshot::Sender<Status>),
+    /// It ended before anybody asked for it.
+    Ended(Status),
+}
 
 /// Orders to a keeper that is started when there is none.
 pub struct KeeperClient {
     dir: PathBuf,
     live: Mutex<Option<Live>>,
+    no_namespace: std::sync::Mutex<Option<String>>,
+    /// Held for the life of this daemon: one of them a folder.
+    _only: File,
 }
 
 struct Live {
     orders: OwnedWriteHalf,
-    waiting: Waiting,
+    attempts: Attempts,
     gone: CancellationToken,
+    no_namespace: Option<String>,
+    /// Of another program file than this one: to be replaced when nothing runs under it.
+    outdated: bool,
     _reader: AbortOnDropHandle<()>,
 }
 
 impl KeeperClient {
-    /// For the keeper of the worker's folder `dir`.
+    /// For the keeper of the worker's folder `dir`: the one that is there, or a new one.
     ///
     /// # Errors
-    /// The lock file cannot be opened.
-    pub fn new(dir: &Path) -> io::Result<KeeperClient> {
-        wait_for_earlier(dir)?;
-        Ok(KeeperClient { dir: dir.to_owned(), live: Mutex::new(None) })
+    /// Another daemon uses the folder, processes of earlier attempts do not die, or no keeper can be started.
+    ///
+    /// # Cancel safety
+    /// Safe; a keeper that was started leaves by itself.
+    pub async fn new(dir: &Path) -> io::Result<KeeperClient> {
+        let only = only_daemon(dir)?;
+        let client = KeeperClient {
+            dir: dir.to_owned(),
+            live: Mutex::new(None),
+            no_namespace: std::sync::Mutex::new(None),
+            _only: only,
+        };
+        {
+            let mut live = client.live.lock().await;
+            if let Some(found) = find(dir).await {
+                let running = lock(&found.attempts).len();
+                tracing::info!(running, "found the keeper of an earlier daemon");
+                *live = Some(found);
+            }
+            client.ready(&mut live).await?;
+        }
+        Ok(client)
+    }
+
+    /// Why attempts get no PID namespace here; `None`: they do.
+    pub fn no_namespace(&self) -> Option<String> {
+        lock(&self.no_namespace).clone()
+    }
+
+    /// A living keeper, and one of this program if nothing runs under the other.
+    async fn ready<'a>(&self, live: &'a mut Option<Live>) -> io::Result<&'a mut Live> {
+        if let Some(keeper) = live.as_mut()
+            && keeper.outdated
+            && lock(&keeper.attempts).values().all(|known| matches!(known, Known::Ended(_)))
+        {
+            tracing::info!("the keeper of an earlier program has nothing left; replacing it");
+            let _told = say(&mut keeper.orders, &ToKeeper::Leave).await;
+            *live = None;
+        }
+        if live.as_ref().is_none_or(|keeper| keeper.gone.is_cancelled()) {
+            *live = None;
+            let keeper = start(&self.dir).await?;
+            lock(&self.no_namespace).clone_from(&keeper.no_namespace);
+            *live = Some(keeper);
+        } else if let Some(keeper) = live.as_ref() {
+            lock(&self.no_namespace).clone_from(&keeper.no_namespace);
+        }
+        live.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     /// Runs one attempt to its end.
     ///
     /// # Errors
     /// The keeper could not be started, or died; when it died, every process of its attempts is gone.
-    pub async fn run(&self, spec: Spec, stop: &CancellationToken) -> io::Result<Status> {
-        let id = spec.id.clone();
-        let (send, mut receive) = oneshot::channel();
+    ///
+    /// # Cancel safety
+    /// Dropped, the attempt goes on until the end of its lease.
+    pub async fn run(&self, spec: Spec, tether: &Tether) -> io::Result<Status> {
+        let (id, dir) = (spec.id.clone(), spec.dir.clone());
+        let (send, receive) = oneshot::channel();
         {
             let mut live = self.live.lock().await;
-            if live.as_ref().is_none_or(|live| live.gone.is_cancelled()) {
-                *live = None;
-                *live = Some(start(&self.dir).await?);
-            }
-            let Some(keeper) = live.as_mut() else { return Err(io::ErrorKind::NotConnected.into()) };
-            lock(&keeper.waiting).insert(id.clone(), send);
+            let keeper = self.ready(&mut live).await?;
+            lock(&keeper.attempts).insert(id.clone(), Known::Awaited(send));
             if let Err(error) = say(&mut keeper.orders, &ToKeeper::Start(Box::new(spec))).await {
-                lock(&keeper.waiting).remove(&id);
+                lock(&keeper.attempts).remove(&id);
                 return Err(error);
             }
         }
-        let gone = |_| io::Error::new(io::ErrorKind::BrokenPipe, "it died, and its builds with it");
-        tokio::select! {
-            status = &mut receive => return status.map_err(gone),
-            () = stop.cancelled() => {}
+        tether.begun.store(true, Ordering::Release);
+        self.attend(&id, &dir, receive, tether).await
+    }
+
+    /// Waits for the end of an attempt that an earlier daemon started. `None`: there is nothing of it.
+    ///
+    /// # Errors
+    /// As of [`KeeperClient::run`].
+    ///
+    /// # Cancel safety
+    /// As of [`KeeperClient::run`].
+    pub async fn adopt(&self, id: &str, dir: &Path, tether: &Tether) -> io::Result<Option<Status>> {
+        let receive = {
+            let live = self.live.lock().await;
+            let Some(keeper) = live.as_ref() else { return Ok(left(dir)) };
+            let mut attempts = lock(&keeper.attempts);
+            match attempts.remove(id) {
+                Some(Known::Ended(status)) => return Ok(Some(status)),
+                Some(Known::Found | Known::Awaited(_)) => {
+                    let (send, receive) = oneshot::channel();
+                    attempts.insert(id.to_owned(), Known::Awaited(send));
+                    receive
+                }
+                None => return Ok(left(dir)),
+            }
+        };
+        self.attend(id, dir, receive, tether).await.map(Some)
+    }
+
+    /// Passes orders on until the attempt has ended.
+    async fn attend(
+        &self,
+        id: &str,
+        dir: &Path,
+        mut receive: oneshot::Receiver<Status>,
+        tether: &Tether,
+    ) -> io::Result<Status> {
+        let mut lease = tether.lease.clone();
+        let (mut renewable, mut stopped) = (true, false);
+        loop {
+            let order = tokio::select! {
+                status = &mut receive => match status {
+                    Ok(status) => return Ok(status),
+                    // It may have noted the end before it died.
+                    Err(_) => {
+                        return left(dir).ok_or_else(|| io::Error::new(io::ErrorKind::BrokenPipe, "it died, and its builds with it"));
+                    }
+                },
+                () = tether.stop.cancelled(), if !stopped => {
+                    stopped = true;
+                    ToKeeper::Stop { id: id.to_owned() }
+                }
+                renewed = lease.changed(), if renewable => {
+                    if renewed.is_err() {
+                        renewable = false;
+                        continue;
+                    }
+                    ToKeeper::Renew { id: id.to_owned(), until_ms: super::millis(*lease.borrow_and_update()) }
+                }
+            };
+            if let Some(keeper) = self.live.lock().await.as_mut() {
+                // When it cannot be told, it is gone, and says so on the other channel.
+                let _told = say(&mut keeper.orders, &order).await;
+            }
         }
-        if let Some(keeper) = self.live.lock().await.as_mut() {
-            // When it cannot be told, it is gone, and says so on the other channel.
-            let _told = say(&mut keeper.orders, &ToKeeper::Stop { id }).await;
-        }
-        receive.await.map_err(gone)
     }
 }
 
-fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, HashMap<String, oneshot::Sender<Status>>> {
-    waiting.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 async fn say(orders: &mut OwnedWriteHalf, message: &ToKeeper) -> io::Result<()> {
@@ -90,56 +214,123 @@ async fn say(orders: &mut OwnedWriteHalf, message: &ToKeeper) -> io::Result<()> 
     orders.write_all(&text).await
 }
 
+/// What a guardian, or its keeper, noted at the end.
+fn left(dir: &Path) -> Option<Status> {
+    serde_json::from_slice(&std::fs::read(dir.join(STATUS)).ok()?).ok()
+}
+
+fn only_daemon(dir: &Path) -> io::Result<File> {
+    let path = dir.join(ONLY);
+    let mut file = File::options().create(true).truncate(false).write(true).read(true).open(&path)?;
+    if file.try_lock().is_err() {
+        let pid = std::fs::read_to_string(&path).unwrap_or_default();
+        return Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!(
+                "another daemon uses it, process {pid}; a second one on this machine needs another `[worker] name`"
+            ),
+        ));
+    }
+    file.set_len(0)?;
+    file.write_all(std::process::id().to_string().as_bytes())?;
+    Ok(file)
+}
+
 /// Blocks until no keeper or guardian of an earlier daemon on this folder is left: each of them holds the lock, and ends only
 /// when its tree is gone.
 fn wait_for_earlier(dir: &Path) -> io::Result<()> {
     let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     while file.try_lock().is_err() {
         if began.elapsed() > PATIENCE {
-            return Err(io::Error::new(
-                io::ErrorKind::ResourceBusy,
-                format!("another daemon uses `{}`, or processes of its builds do not die", dir.display()),
-            ));
+            let text = format!("processes of earlier builds in `{}` do not die", dir.display());
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
     }
     file.unlock()
+}
+
+/// The keeper that an earlier daemon left. `None`: there is none, or it cannot be talked to; its leases end by themselves.
+async fn find(dir: &Path) -> Option<Live> {
+    // The path of a socket is short (unix(7)), a folder's may be long.
+    let folder = File::open(dir).ok()?;
+    let path = format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd());
+    let stream = UnixStream::connect(path).await.ok()?;
+    match connect(dir, stream).await {
+        Ok(live) => Some(live),
+        Err(error) => {
+            tracing::warn!("the keeper of an earlier daemon cannot be used: {error}");
+            None
+        }
+    }
 }
 
 async fn start(dir: &Path) -> io::Result<Live> {
     let folder = dir.to_owned();
     let stream = tokio::task::spawn_blocking(move || spawn(&folder)).await.map_err(io::Error::other)??;
     stream.set_nonblocking(true)?;
-    let (reader, orders) = UnixStream::from_std(stream)?.into_split();
+    connect(dir, UnixStream::from_std(stream)?).await
+}
+
+async fn connect(dir: &Path, stream: UnixStream) -> io::Result<Live> {
+    let (reader, mut orders) = stream.into_split();
     let mut lines = BufReader::new(reader).lines();
-    match lines.next_line().await?.map(|line| serde_json::from_str(&line)) {
-        Some(Ok(FromKeeper::Hello { version: VERSION })) => {}
-        Some(Ok(_)) | Some(Err(_)) | None => {
+    let first = tokio::time::timeout(HELLO, lines.next_line()).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    let (version, pid, running, no_namespace) = match first.as_deref().map(serde_json::from_str) {
+        Some(Ok(FromKeeper::Hello { version, pid, running, no_namespace })) => (version, pid, running, no_namespace),
+        Some(Ok(FromKeeper::Ended { .. }) | Err(_)) | None => {
             return Err(io::Error::other("the keeper did not start; its reason is on this daemon's standard error"));
         }
+    };
+    if version != VERSION {
+        // The one message that all versions know. Its builds end with their leases.
+        say(&mut orders, &ToKeeper::Leave).await?;
+        return Err(io::Error::other(format!("it speaks version {version}, and this program {VERSION}")));
     }
-    let waiting = Waiting::default();
+    let attempts = Attempts::default();
+    lock(&attempts).extend(running.into_iter().map(|id| (id, Known::Found)));
     let gone = CancellationToken::new();
-    let (answers, at_end) = (Arc::clone(&waiting), gone.clone());
-    let reader = crate::tasks::spawn(async move {
-        while let Ok(Some(line)) = lines.next_line().await {
-            match serde_json::from_str(&line) {
-                Ok(FromKeeper::Ended { id, status }) => {
-                    if let Some(sender) = lock(&answers).remove(&id) {
+    let reader = crate::tasks::spawn(listen(lines, Arc::clone(&attempts), gone.clone(), dir.to_owned()));
+    Ok(Live { orders, attempts, gone, no_namespace, outdated: !is_this_program(pid), _reader: reader })
+}
+
+/// Whether a process runs the same file as this one. A file that was replaced is another one.
+fn is_this_program(pid: i32) -> bool {
+    let file = |path: String| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    file(format!("/proc/{pid}/exe")) == file("/proc/self/exe".to_owned())
+}
+
+/// Hears how attempts end, until the keeper is gone.
+async fn listen(mut lines: Lines<BufReader<OwnedReadHalf>>, attempts: Attempts, gone: CancellationToken, dir: PathBuf) {
+    while let Ok(Some(line)) = lines.next_line().await {
+        match serde_json::from_str(&line) {
+            Ok(FromKeeper::Ended { id, status }) => {
+                let mut attempts = lock(&attempts);
+                match attempts.remove(&id) {
+                    Some(Known::Awaited(sender)) => {
                         // Nobody waits for it when its attempt was given up.
                         let _heard = sender.send(status);
                     }
+                    Some(Known::Found | Known::Ended(_)) => drop(attempts.insert(id, Known::Ended(status))),
+                    None => {}
                 }
-                Ok(FromKeeper::Hello { .. }) => {}
-                Err(error) => tracing::warn!(%error, "the keeper said something that I do not understand"),
             }
+            Ok(FromKeeper::Hello { .. }) => {}
+            Err(error) => tracing::warn!(%error, "the keeper said something that I do not understand"),
         }
-        at_end.cancel();
-        // Dropping the senders tells every waiting attempt.
-        lock(&answers).clear();
-    });
-    Ok(Live { orders, waiting, gone, _reader: reader })
+    }
+    gone.cancel();
+    // Its guardians are killing their trees now. Nobody is told of an end before they are done.
+    loop {
+        let folder = dir.clone();
+        match tokio::task::spawn_blocking(move || wait_for_earlier(&folder)).await {
+            Ok(Ok(())) | Err(_) => break,
+            Ok(Err(error)) => tracing::error!("the keeper is gone, and its builds cannot be given up yet: {error}"),
+        }
+    }
+    // Dropping the senders tells every waiting attempt.
+    lock(&attempts).clear();
 }
 
 fn spawn(dir: &Path) -> io::Result<std::os::unix::net::UnixStream> {

@@ -1,12 +1,13 @@
 //! The guardian: a fork of the keeper that owns one attempt. It is a child subreaper, so whatever the build forks, however
 //! it detaches itself, stays below it; it drains the output, keeps the limits, and ends only when no process of the tree is
-//! left (invariant 5). Single-threaded, blocking system calls only.
+//! left (invariant 5). Where it can, it puts the build into a PID [namespace](super::namespace) as well. Single-threaded, blocking
+//! system calls only.
 
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -17,15 +18,19 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Pid, getpid, getppid, setsid};
-use rustix::process::{WaitOptions, WaitStatus, wait};
+use rustix::process::{WaitOptions, wait};
 
 use super::fork::with_no_signal_blocked;
+use super::namespace::{Namespace, Told};
 use super::protocol::{End, Spec, Status};
 use super::tree::{descendants, signal_descendants};
+use crate::clock::boottime;
 use crate::logs::file::OutputWriter;
 
-/// Tells a guardian to kill its tree at once. Also what it gets when its keeper dies (`PR_SET_PDEATHSIG`).
+/// What a guardian gets when its keeper dies (`PR_SET_PDEATHSIG`): it kills its tree at once.
 pub const KILL_NOW: Signal = Signal::SIGUSR1;
+/// Tells a guardian that its lease is over: it terminates its tree, then kills what is left.
+pub const LEASE_OVER: Signal = Signal::SIGUSR2;
 /// Tells a guardian to terminate its tree, then kill what is left.
 pub const STOP: Signal = Signal::SIGTERM;
 /// Where a guardian leaves its [`Status`] before it exits.
@@ -35,12 +40,15 @@ pub const STATUS: &str = "status.json";
 const PIPE_BYTES: i32 = 1 << 20;
 /// How long to go on killing a tree that will not die (processes of another user) before saying so.
 const GIVE_UP: Duration = Duration::from_secs(10);
+/// How long the init of a namespace outlives the first order to kill its tree.
+const INIT_LAST: Duration = Duration::from_millis(50);
 /// Between two rounds of killing.
 const ROUND: Duration = Duration::from_millis(5);
 
-/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards.
-pub fn guard(spec: &Spec, keeper: Pid) -> Status {
-    match Guardian::start(spec, keeper) {
+/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards. `namespaces`: whether they can be
+/// made here.
+pub fn guard(spec: &Spec, keeper: Pid, namespaces: bool) -> Status {
+    match Guardian::start(spec, keeper, namespaces && spec.namespace) {
         Ok(guardian) => guardian.run(),
         Err(why) => Status::without_process(End::NotStarted(why)),
     }
@@ -50,16 +58,18 @@ struct Guardian<'a> {
     spec: &'a Spec,
     keeper: Pid,
     signals: SignalFd,
+    /// Its first process, or the init of its namespace.
     leader: Pid,
+    namespace: Option<Namespace>,
     output: Option<std::io::PipeReader>,
     log: OutputWriter,
     phase: Phase,
-    exit: Option<WaitStatus>,
+    exit: Option<ExitStatus>,
     started: Duration,
     heard: Duration,
 }
 
-/// Where the attempt stands. Times are of [`clock`].
+/// Where the attempt stands. Times are of [`boottime`].
 enum Phase {
     /// Its first process runs within its limits.
     Running,
@@ -70,7 +80,7 @@ enum Phase {
 }
 
 impl<'a> Guardian<'a> {
-    fn start(spec: &'a Spec, keeper: Pid) -> Result<Guardian<'a>, String> {
+    fn start(spec: &'a Spec, keeper: Pid, namespace: bool) -> Result<Guardian<'a>, String> {
         let failed = |what: &'static str| move |error: Errno| format!("{what}: {error}");
         // A session of its own: no terminal, and a signal to the daemon's group does not reach the build.
         setsid().map_err(failed("setsid"))?;
@@ -81,7 +91,7 @@ impl<'a> Guardian<'a> {
             return Err("the keeper has died".to_owned());
         }
         let mut mask = SigSet::empty();
-        for signal in [KILL_NOW, STOP, Signal::SIGCHLD] {
+        for signal in [KILL_NOW, LEASE_OVER, STOP, Signal::SIGCHLD] {
             mask.add(signal);
         }
         mask.thread_set_mask().map_err(failed("block signals"))?;
@@ -106,18 +116,22 @@ impl<'a> Guardian<'a> {
             .stdout(stdout)
             .stderr(stderr)
             .process_group(0);
-        let child = with_no_signal_blocked(&mut command)
-            .spawn()
-            .map_err(|error| format!("cannot start `{program}`: {error}"))?;
-        // It keeps the pipe's other ends, which would never let us see the end of the output.
-        drop(command);
-        let leader = Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?);
-        let now = clock();
+        let (leader, namespace) = if namespace {
+            let made = Namespace::start(command)?;
+            (made.init, Some(made))
+        } else {
+            let leader = spawn(&mut command)?;
+            // It keeps the pipe's other ends, which would never let us see the end of the output.
+            drop(command);
+            (leader, None)
+        };
+        let now = boottime();
         Ok(Guardian {
             spec,
             keeper,
             signals,
             leader,
+            namespace,
             output: Some(output),
             log,
             phase: Phase::Running,
@@ -139,7 +153,7 @@ impl<'a> Guardian<'a> {
             self.check_limits();
             self.push();
             if let Phase::Killing { since, .. } = self.phase
-                && clock().saturating_sub(since) > GIVE_UP
+                && boottime().saturating_sub(since) > GIVE_UP
             {
                 break u32::try_from(descendants(getpid()).len()).unwrap_or(u32::MAX);
             }
@@ -150,7 +164,7 @@ impl<'a> Guardian<'a> {
 
     /// Sleeps until output, a signal, or the next limit.
     fn wait(&self) {
-        let now = clock();
+        let now = boottime();
         let next = match &self.phase {
             Phase::Running => {
                 let limit = self.started + Duration::from_millis(self.spec.timeout_ms);
@@ -184,7 +198,7 @@ impl<'a> Guardian<'a> {
                     return;
                 }
                 Ok(n) => {
-                    self.heard = clock();
+                    self.heard = boottime();
                     self.log.write(&buffer[..n]);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -202,13 +216,15 @@ impl<'a> Guardian<'a> {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             let number = i32::try_from(signal.ssi_signo).unwrap_or(0);
             if number == KILL_NOW as i32 {
-                self.kill_now(End::Stopped);
+                self.kill_now(End::KeeperGone);
+            } else if number == LEASE_OVER as i32 {
+                self.terminate(End::LeaseOver);
             } else if number == STOP as i32 {
                 self.terminate(End::Stopped);
             }
         }
         if getppid() != self.keeper {
-            self.kill_now(End::Stopped);
+            self.kill_now(End::KeeperGone);
         }
     }
 
@@ -220,9 +236,15 @@ impl<'a> Guardian<'a> {
                 Ok(None) => return false,
                 Ok(Some((pid, status))) => {
                     if pid.as_raw_nonzero().get() == self.leader.as_raw() {
-                        self.exit = Some(status);
+                        let mut end = End::Exited;
+                        match self.namespace.as_mut().map(Namespace::told) {
+                            None => self.exit = Some(ExitStatus::from_raw(status.as_raw())),
+                            Some(Told::Status(status)) => self.exit = Some(status),
+                            Some(Told::NotStarted(why)) => end = End::NotStarted(why),
+                            Some(Told::Nothing) => {}
+                        }
                         // Its first process decides; what it left behind goes at once.
-                        self.kill_now(End::Exited);
+                        self.kill_now(end);
                     }
                 }
                 Err(rustix::io::Errno::INTR) => {}
@@ -232,26 +254,29 @@ impl<'a> Guardian<'a> {
     }
 
     fn check_limits(&mut self) {
-        let now = clock();
+        let now = boottime();
         let Phase::Running = self.phase else { return };
         if now >= self.started + Duration::from_millis(self.spec.timeout_ms) {
-            self.terminate(End::Timeout);
-        } else if self.spec.silence_ms.is_some_and(|ms| now >= self.heard + Duration::from_millis(ms)) {
-            self.terminate(End::Silence);
+            self.terminate(End::Timeout(self.spec.timeout_ms));
+        } else if let Some(ms) = self.spec.silence_ms
+            && now >= self.heard + Duration::from_millis(ms)
+        {
+            self.terminate(End::Silence(ms));
         }
     }
 
     fn terminate(&mut self, end: End) {
         if let Phase::Running = self.phase {
-            signal_descendants(getpid(), Signal::SIGTERM);
+            signal_descendants(getpid(), Signal::SIGTERM, |_| true);
             // Stopped processes act on SIGTERM only once they go on.
-            signal_descendants(getpid(), Signal::SIGCONT);
-            self.phase = Phase::Terminating { end, kill_at: clock() + Duration::from_millis(self.spec.kill_after_ms) };
+            signal_descendants(getpid(), Signal::SIGCONT, |_| true);
+            self.phase =
+                Phase::Terminating { end, kill_at: boottime() + Duration::from_millis(self.spec.kill_after_ms) };
         }
     }
 
     fn kill_now(&mut self, end: End) {
-        let since = clock();
+        let since = boottime();
         let end = match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Running => end,
             Phase::Terminating { end, .. } | Phase::Killing { end, .. } => end,
@@ -262,20 +287,23 @@ impl<'a> Guardian<'a> {
     /// Goes on with the killing: again and again, because a dying tree may still fork.
     fn push(&mut self) {
         if let Phase::Terminating { end, kill_at } = &self.phase
-            && clock() >= *kill_at
+            && boottime() >= *kill_at
         {
             let end = end.clone();
-            self.phase = Phase::Killing { end, since: clock() };
+            self.phase = Phase::Killing { end, since: boottime() };
         }
-        if let Phase::Killing { .. } = self.phase {
-            signal_descendants(getpid(), Signal::SIGKILL);
+        if let Phase::Killing { since, .. } = self.phase {
+            // The init of a namespace comes last: it tells how the build's first process ended. With it everything dies at once.
+            let spared = self.leader.as_raw();
+            let init = self.namespace.is_some() && boottime().saturating_sub(since) < INIT_LAST;
+            signal_descendants(getpid(), Signal::SIGKILL, |pid| !(init && pid.as_raw() == spared));
         }
     }
 
     fn status(self, survivors: u32) -> Status {
         let (log_bytes, log_error) = self.log.end();
-        let exit_code = self.exit.and_then(|status| status.exit_status());
-        let term_signal = self.exit.and_then(|status| status.terminating_signal());
+        let exit_code = self.exit.and_then(|status| status.code());
+        let term_signal = self.exit.and_then(|status| status.signal());
         let end = match self.phase {
             Phase::Running => End::Exited,
             Phase::Terminating { end, .. } | Phase::Killing { end, .. } => end,
@@ -298,9 +326,15 @@ impl<'a> Guardian<'a> {
     }
 }
 
-/// Time since boot, suspended time included (CLOCK_BOOTTIME): a laptop's sleep counts against limits and leases.
-pub fn clock() -> Duration {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+/// Starts the build's first process.
+///
+/// # Errors
+/// As a line for people.
+pub fn spawn(command: &mut Command) -> Result<Pid, String> {
+    let child = with_no_signal_blocked(command)
+        .spawn()
+        .map_err(|error| format!("cannot start `{}`: {error}", command.get_program().display()))?;
+    Ok(Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?))
 }
 
 /// Writes `status` where the keeper, and a later one, finds it: whole or not at all.

@@ -1,141 +1,304 @@
 //! The keeper: one small, warm, single-threaded process a worker, which forks a guardian for each attempt. It is started by
-//! the daemon as `buildreactor keeper DIR` with their connection as standard input, and holds the lock `DIR/keeper.lock`,
-//! as do its guardians: whoever gets that lock knows that no process of an earlier attempt is left (invariant 5).
+//! the daemon as `buildreactor keeper DIR` with their first connection as standard input, and outlives it: the next daemon finds it
+//! at the socket `DIR/keeper.sock`. It holds the lock `DIR/keeper.lock`, as do its guardians: whoever gets that lock knows that no
+//! process of an earlier attempt is left (invariant 5).
 //!
-//! When the daemon goes away, however it goes, every tree is killed and the keeper leaves.
+//! It ends every attempt whose lease is not renewed, whether its daemon is dead, stopped or cut off, and leaves when there is
+//! neither a daemon nor an attempt.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::{ForkResult, Pid, getpid};
+use nix::sys::stat::{Mode, umask};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::unistd::{ForkResult, Pid, dup2_stdin, getpid};
 use rustix::process::{WaitOptions, wait};
 
 use super::fork::fork_single_threaded;
-use super::guardian::{KILL_NOW, STOP, guard, leave_status};
+use super::guardian::{KILL_NOW, LEASE_OVER, STOP, guard, leave_status};
+use super::namespace;
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
 use super::tree::descendants;
+use crate::clock::boottime;
 
-/// Name of the lock file in the worker's folder.
+/// Name of the lock file in the worker's folder; it holds the keeper's process id.
 pub const LOCK: &str = "keeper.lock";
+/// Name of the socket in the worker's folder.
+pub const SOCKET: &str = "keeper.sock";
+
+/// After this long a guardian that was told of the end of its lease is killed itself. Its own terminate and kill take 5 s, and all of it
+/// must fit into the 10 s that `grace` leaves.
+const IMPATIENCE: Duration = Duration::from_secs(7);
+/// A guardian that does not die (it may wait for a disk) is killed again after this time.
+const AGAIN: Duration = Duration::from_millis(500);
+/// How long the orphans of a guardian that vanished are hunted, in rounds of 5 ms, before the keeper turns to other leases.
+const ROUNDS: u32 = 400;
+/// Longest message, bytes: an environment is at most a few MiB (execve(2)).
+const LONGEST: usize = 16 << 20;
 
 /// The keeper's whole life. `dir`: the worker's folder.
 pub fn keep(dir: &Path) -> ExitCode {
     match run(dir) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("buildreactor keeper: {error}");
+            complain(&error.to_string());
             ExitCode::FAILURE
         }
     }
 }
 
+/// To standard error, if anybody still holds its other end.
+fn complain(text: &str) {
+    let _unheard = writeln!(std::io::stderr(), "buildreactor keeper: {text}");
+}
+
 struct Keeper {
-    daemon: UnixStream,
+    /// Gone in a guardian, as is everything below: it is a fork of this process.
+    listener: Option<UnixListener>,
+    daemon: Option<Link>,
     guardians: HashMap<Pid, Guardian>,
+    no_namespace: Option<String>,
+    leaving: bool,
 }
 
 struct Guardian {
     id: String,
+    dir: PathBuf,
     /// Where it leaves its status: a pipe, because a disk may be full.
     status: std::io::PipeReader,
+    /// End of its lease, on the clock of leases.
+    until: Duration,
+    /// Told that the lease is over, and when to be harder.
+    over: Option<Duration>,
+}
+
+/// The connection to a daemon. Never waited for: a stopped daemon must not keep the keeper from its leases.
+struct Link {
+    stream: UnixStream,
+    heard: Vec<u8>,
+    to_say: Vec<u8>,
 }
 
 fn run(dir: &Path) -> std::io::Result<()> {
-    let daemon = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let lock = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
+    let first = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    // Guardians inherit standard input, and the daemon must see the end of its connection when the keeper ends.
+    dup2_stdin(File::open("/dev/null")?)?;
+    let mut lock = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
     // The daemon waited for it before; a guardian that is still dying holds it a moment longer.
     lock.lock()?;
+    lock.set_len(0)?;
+    lock.write_all(getpid().to_string().as_bytes())?;
+    // The path of a socket is short (unix(7): 108 bytes), a folder's may be long.
+    std::env::set_current_dir(dir)?;
+    let listener = listen()?;
     prctl::set_child_subreaper(true)?;
     let _named = prctl::set_name(c"br-keeper");
     let mut mask = SigSet::empty();
-    // Ctrl-C and a supervisor's TERM are for the daemon; the keeper leaves when the daemon does.
-    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, KILL_NOW] {
+    // Ctrl-C and a supervisor's TERM are for the daemon.
+    for signal in
+        [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, KILL_NOW, LEASE_OVER]
+    {
         mask.add(signal);
     }
     mask.thread_set_mask()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    let mut orders = BufReader::new(daemon.try_clone()?);
-    let mut keeper = Keeper { daemon, guardians: HashMap::new() };
-    keeper.say(&FromKeeper::Hello { version: VERSION });
-    let mut connected = true;
+    // A timer of this clock goes off at the end of a suspension; the timeout of poll would sleep on.
+    let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
+    let mut keeper = Keeper {
+        listener: Some(listener),
+        daemon: None,
+        guardians: HashMap::new(),
+        no_namespace: namespace::why_not(),
+        leaving: false,
+    };
+    keeper.connected(first)?;
     loop {
-        let buffered = !orders.buffer().is_empty();
-        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        if connected {
-            fds.push(PollFd::new(orders.get_ref().as_fd(), PollFlags::POLLIN));
-        }
-        // Without a daemon, look every 10 ms whether the trees are gone.
-        let timeout = if connected { PollTimeout::NONE } else { PollTimeout::from(10u8) };
-        if !buffered && poll(&mut fds, timeout).is_err() {
-            continue;
-        }
-        let orders_wait = buffered || fds.get(1).and_then(PollFd::any).unwrap_or(false);
-        drop(fds);
+        keeper.set(&timer)?;
+        keeper.wait(&signals, &timer);
         while let Ok(Some(_)) = signals.read_signal() {}
         keeper.reap();
-        if connected && orders_wait {
-            let mut line = String::new();
-            match orders.read_line(&mut line) {
-                Ok(n) if n > 0 => keeper.obey(&line),
-                Ok(_) | Err(_) => {
-                    connected = false;
-                    for pid in keeper.guardians.keys() {
-                        let _gone = kill(*pid, KILL_NOW);
-                    }
-                }
-            }
-        }
-        if !connected && keeper.guardians.is_empty() {
+        keeper.accept();
+        keeper.hear();
+        keeper.end_leases();
+        keeper.speak();
+        if keeper.guardians.is_empty() && (keeper.daemon.is_none() || keeper.leaving) {
             return Ok(());
         }
     }
 }
 
+/// For this user alone, whatever the umask.
+fn listen() -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(SOCKET) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let before = umask(Mode::from_bits_truncate(0o077));
+    let listener = UnixListener::bind(SOCKET);
+    umask(before);
+    let listener = listener?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
 impl Keeper {
-    fn obey(&mut self, line: &str) {
-        match serde_json::from_str(line) {
+    /// Sets the timer to the next end of a lease.
+    fn set(&self, timer: &TimerFd) -> std::io::Result<()> {
+        match self.guardians.values().map(|guardian| guardian.over.unwrap_or(guardian.until)).min() {
+            // A time of zero would switch it off.
+            Some(next) => timer.set(
+                Expiration::OneShot(TimeSpec::from_duration(next.max(Duration::from_nanos(1)))),
+                TimerSetTimeFlags::TFD_TIMER_ABSTIME,
+            )?,
+            None => timer.unset()?,
+        }
+        Ok(())
+    }
+
+    fn wait(&self, signals: &SignalFd, timer: &TimerFd) {
+        let mut fds =
+            vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(timer.as_fd(), PollFlags::POLLIN)];
+        if let Some(listener) = &self.listener {
+            fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+        }
+        if let Some(link) = &self.daemon {
+            let out = if link.to_say.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
+            fds.push(PollFd::new(link.stream.as_fd(), PollFlags::POLLIN | out));
+        }
+        // An interrupted or failed poll means: look at everything now.
+        let _woken = poll(&mut fds, PollTimeout::NONE);
+    }
+
+    fn accept(&mut self) {
+        while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
+            // The new one is the daemon now: it holds the worker's lock, so the old one is dead.
+            if let Err(error) = self.connected(stream) {
+                complain(&format!("a daemon cannot be talked to: {error}"));
+            }
+        }
+    }
+
+    fn connected(&mut self, stream: UnixStream) -> std::io::Result<()> {
+        stream.set_nonblocking(true)?;
+        self.daemon = Some(Link { stream, heard: Vec::new(), to_say: Vec::new() });
+        let running = self.guardians.values().map(|guardian| guardian.id.clone()).collect();
+        let hello = FromKeeper::Hello {
+            version: VERSION,
+            pid: getpid().as_raw(),
+            running,
+            no_namespace: self.no_namespace.clone(),
+        };
+        self.say(&hello);
+        Ok(())
+    }
+
+    /// Takes the daemon's orders.
+    fn hear(&mut self) {
+        let Some(link) = &mut self.daemon else { return };
+        let mut buffer = [0; 1 << 14];
+        let mut ended = false;
+        loop {
+            match link.stream.read(&mut buffer) {
+                Ok(0) => ended = true,
+                Ok(n) => {
+                    link.heard.extend_from_slice(&buffer[..n]);
+                    if link.heard.len() <= LONGEST {
+                        continue;
+                    }
+                    complain("a message is too long");
+                    ended = true;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => ended = true,
+            }
+            break;
+        }
+        let whole = link.heard.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let lines: Vec<u8> = link.heard.drain(..whole).collect();
+        if ended {
+            self.daemon = None;
+        }
+        for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            self.obey(line);
+        }
+    }
+
+    fn obey(&mut self, line: &[u8]) {
+        match serde_json::from_slice(line) {
             Ok(ToKeeper::Start(spec)) => self.start(&spec),
             Ok(ToKeeper::Stop { id }) => {
-                for (pid, guardian) in &self.guardians {
-                    if guardian.id == id {
-                        let _gone = kill(*pid, STOP);
-                    }
+                if let Some((pid, _)) = self.guardians.iter().find(|(_, guardian)| guardian.id == id) {
+                    let _gone = kill(*pid, STOP);
                 }
             }
-            Err(error) => eprintln!("buildreactor keeper: a message that I do not understand: {error}"),
+            Ok(ToKeeper::Renew { id, until_ms }) => {
+                if let Some(guardian) = self.guardians.values_mut().find(|guardian| guardian.id == id) {
+                    guardian.until = guardian.until.max(Duration::from_millis(until_ms));
+                }
+            }
+            Ok(ToKeeper::Leave) => self.leaving = true,
+            Err(error) => complain(&format!("a message that I do not understand: {error}")),
         }
     }
 
     fn start(&mut self, spec: &Spec) {
+        self.leaving = false;
         let keeper = getpid();
+        if self.guardians.values().any(|guardian| guardian.id == spec.id) {
+            return self.ended(spec.id.clone(), Status::without_process(End::NotStarted("it runs already".to_owned())));
+        }
         let forked = std::io::pipe().and_then(|(reader, writer)| Ok((reader, writer, fork_single_threaded()?)));
         match forked {
             Ok((status, _, ForkResult::Parent { child })) => {
-                self.guardians.insert(child, Guardian { id: spec.id.clone(), status });
+                let (id, dir, until) = (spec.id.clone(), spec.dir.clone(), Duration::from_millis(spec.until_ms));
+                self.guardians.insert(child, Guardian { id, dir, status, until, over: None });
             }
             Ok((_, mut writer, ForkResult::Child)) => {
                 let _named = prctl::set_name(c"br-guardian");
-                // It keeps a copy of the daemon's connection on purpose: when the keeper dies, the daemon sees the end of
-                // it only when the last guardian is gone too, and with it its tree.
-                let status = guard(spec, keeper);
-                // For whoever looks at the folder later; the keeper reads the pipe.
+                // A socket that nobody answers would keep the next daemon waiting.
+                self.listener = None;
+                self.daemon = None;
+                self.guardians.clear();
+                let status = guard(spec, keeper, self.no_namespace.is_none());
+                // For the next daemon; the keeper reads the pipe.
                 let _noted = leave_status(&spec.dir, &status);
                 let told =
                     serde_json::to_vec(&status).map_err(std::io::Error::from).and_then(|text| writer.write_all(&text));
                 std::process::exit(i32::from(told.is_err()));
             }
             Err(error) => {
-                let status = Status::without_process(End::NotStarted(format!("fork: {error}")));
-                self.say(&FromKeeper::Ended { id: spec.id.clone(), status });
+                self.ended(spec.id.clone(), Status::without_process(End::NotStarted(format!("fork: {error}"))));
+            }
+        }
+    }
+
+    /// Ends the attempts whose lease is over.
+    fn end_leases(&mut self) {
+        let now = boottime();
+        for (pid, guardian) in &mut self.guardians {
+            match guardian.over {
+                None if now >= guardian.until => {
+                    let _gone = kill(*pid, LEASE_OVER);
+                    guardian.over = Some(now + IMPATIENCE);
+                }
+                // It is stopped, or stuck. Its tree falls to us, and `reap` deals with it.
+                Some(at) if now >= at => {
+                    let _gone = kill(*pid, Signal::SIGKILL);
+                    guardian.over = Some(now + AGAIN);
+                }
+                None | Some(_) => {}
             }
         }
     }
@@ -152,9 +315,12 @@ impl Keeper {
                     let known = read.ok().and_then(|_| serde_json::from_slice(&text).ok());
                     let status = known.unwrap_or_else(|| {
                         self.kill_orphans();
-                        Status::without_process(End::GuardianGone)
+                        let end = if guardian.over.is_some() { End::LeaseOver } else { End::GuardianGone };
+                        let status = Status::without_process(end);
+                        let _noted = leave_status(&guardian.dir, &status);
+                        status
                     });
-                    self.say(&FromKeeper::Ended { id: guardian.id, status });
+                    self.ended(guardian.id, status);
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Ok(None) | Err(_) => break,
@@ -165,7 +331,7 @@ impl Keeper {
     /// A guardian that was killed has left its tree to the next subreaper above it: to us.
     fn kill_orphans(&self) {
         let mine: Vec<Pid> = self.guardians.keys().copied().collect();
-        for _ in 0..2000 {
+        for _ in 0..ROUNDS {
             let mut spared = Vec::new();
             for guardian in &mine {
                 spared.push(*guardian);
@@ -184,14 +350,32 @@ impl Keeper {
                     let _reaped = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
                 }
             }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
+    fn ended(&mut self, id: String, status: Status) {
+        self.say(&FromKeeper::Ended { id, status });
+    }
+
+    /// Without a daemon nobody hears it; the next one reads `status.json`.
     fn say(&mut self, message: &FromKeeper) {
-        let Ok(mut text) = serde_json::to_vec(message) else { return };
-        text.push(b'\n');
-        // A daemon that is gone is noticed by the next read.
-        let _sent = self.daemon.write_all(&text);
+        let (Some(link), Ok(text)) = (&mut self.daemon, serde_json::to_vec(message)) else { return };
+        link.to_say.extend_from_slice(&text);
+        link.to_say.push(b'\n');
+        self.speak();
+    }
+
+    fn speak(&mut self) {
+        let Some(link) = &mut self.daemon else { return };
+        while !link.to_say.is_empty() {
+            match link.stream.write(&link.to_say) {
+                Ok(n) => drop(link.to_say.drain(..n)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                // A daemon that is gone is noticed by the next read.
+                Err(_) => return link.to_say.clear(),
+            }
+        }
     }
 }

@@ -5,19 +5,19 @@ mod environment;
 mod fork;
 mod guardian;
 pub mod keeper;
+mod namespace;
 mod protocol;
 mod tree;
 
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-use tokio_util::sync::CancellationToken;
 
 use self::client::KeeperClient;
 use self::protocol::{End, Spec, Status};
-use super::{Executor, Folders, Running};
+use super::{Begin, Executor, Folders, Running, Tether};
 use crate::model::{Ended, Exit, Job, Outcome, Usage, clean_line};
 
 /// Between terminate and kill. With the killing itself this stays within the 10 s that `grace` leaves for it.
@@ -26,6 +26,9 @@ pub const KILL_AFTER: Duration = Duration::from_secs(5);
 /// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.
 pub const TEMPFAIL: i32 = 75;
 
+/// Which attempt a folder was made for: its start, as the database has it.
+const MARK: &str = "started";
+
 /// What the process executor needs to know.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -33,6 +36,8 @@ pub struct Settings {
     pub folders: Folders,
     /// Bytes of output kept on disk for each attempt.
     pub file_limit: u64,
+    /// Put attempts into PID namespaces, where the kernel allows it.
+    pub pid_namespace: bool,
 }
 
 /// Runs scripts.
@@ -42,45 +47,74 @@ pub struct ProcessExecutor {
 }
 
 impl ProcessExecutor {
-    /// Prepares the worker's folder; the keeper is started by the first attempt. Waits until every process of an earlier
-    /// daemon's attempts on this folder is gone.
+    /// Prepares the worker's folder, and finds the keeper that an earlier daemon left, or starts one. Without a living one it waits until
+    /// every process of earlier attempts on this folder is gone.
     ///
     /// # Errors
-    /// The folder cannot be used.
-    pub fn new(settings: Settings) -> io::Result<ProcessExecutor> {
+    /// The folder cannot be used, or another daemon uses it.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn new(settings: Settings) -> io::Result<ProcessExecutor> {
         std::fs::create_dir_all(settings.folders.attempts())?;
-        let keeper = KeeperClient::new(settings.folders.root())?;
+        let keeper = KeeperClient::new(settings.folders.root()).await?;
         Ok(ProcessExecutor { settings, keeper })
     }
 
-    async fn run_script(&self, job: &Job, stop: &CancellationToken) -> Ended {
-        let spec = {
-            let (job, settings) = (job.clone(), self.settings.clone());
-            tokio::task::spawn_blocking(move || prepare(&job, &settings)).await
-        };
-        let spec = match spec {
-            Ok(Ok(spec)) => spec,
-            Ok(Err(error)) => {
-                return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}"));
+    async fn run_script(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
+        let status = match begin {
+            Begin::Adopt => {
+                tether.begun.store(true, Ordering::Release);
+                match self.keeper.adopt(&job.id.to_string(), &job.dir, &tether).await {
+                    Ok(Some(status)) => Ok(status),
+                    Ok(None) => {
+                        let detail = "its keeper was gone when the worker came back";
+                        return Ended::without_process(Outcome::Lost, detail.to_owned());
+                    }
+                    Err(error) => Err(error),
+                }
             }
-            Err(error) => return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}")),
+            Begin::Start => {
+                let (for_files, settings) = (job.clone(), self.settings.clone());
+                let until_ms = millis(*tether.lease.borrow());
+                let prepared = tokio::task::spawn_blocking(move || prepare(&for_files, &settings, until_ms))
+                    .await
+                    .map_err(io::Error::other);
+                match prepared.and_then(|result| result) {
+                    Ok(spec) => self.keeper.run(spec, &tether).await,
+                    Err(error) => {
+                        return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}"));
+                    }
+                }
+            }
         };
-        let limits = Limits { timeout: job.timeout, silence: job.silence_timeout };
-        match self.keeper.run(spec, stop).await {
-            Ok(status) => ended(&status, limits),
+        match status {
+            Ok(status) => ended(&status),
             Err(error) => Ended::without_process(Outcome::Error, format!("the keeper failed: {error}")),
         }
     }
 }
 
 impl Executor for ProcessExecutor {
-    fn run<'a>(&'a self, job: &'a Job, stop: &'a CancellationToken) -> Running<'a> {
-        Box::pin(self.run_script(job, stop))
+    fn run<'a>(&'a self, job: &'a Job, begin: Begin, tether: Tether) -> Running<'a> {
+        Box::pin(self.run_script(job, begin, tether))
+    }
+
+    fn detail(&self) -> String {
+        let why_not = if self.settings.pid_namespace {
+            self.keeper.no_namespace()
+        } else {
+            Some("[worker] pid_namespace is false".to_owned())
+        };
+        match why_not {
+            None => "process trees: PID namespace".to_owned(),
+            Some(why) => format!("process trees: subreaper ({why})"),
+        }
     }
 }
 
 /// Makes the attempt's folder: the script, `build.json`, the working directory.
-fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
+fn prepare(job: &Job, settings: &Settings, until_ms: u64) -> io::Result<Spec> {
     let named = |what: &str, path: &Path| {
         let text = format!("{what} `{}`", path.display());
         move |error: io::Error| io::Error::new(error.kind(), format!("{text}: {error}"))
@@ -97,6 +131,8 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
     for folder in [&workdir, &cache] {
         std::fs::create_dir_all(folder).map_err(named("make", folder))?;
     }
+    let mark = dir.join(MARK);
+    std::fs::write(&mark, job.started_us.to_string()).map_err(named("write", &mark))?;
     let file = dir.join("build.json");
     std::fs::write(&file, &job.row).map_err(named("write", &file))?;
     let text = job.script.as_deref().unwrap_or_default();
@@ -115,6 +151,8 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
         silence_ms: job.silence_timeout.map(millis),
         kill_after_ms: millis(KILL_AFTER),
         file_limit: settings.file_limit,
+        until_ms,
+        namespace: settings.pid_namespace,
     })
 }
 
@@ -139,13 +177,13 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-struct Limits {
-    timeout: Duration,
-    silence: Option<Duration>,
+/// Whether the folder of an attempt was made for this one, and not for one of the same number in another database.
+pub fn is_of(dir: &Path, started_us: i64) -> bool {
+    std::fs::read_to_string(dir.join(MARK)).is_ok_and(|text| text == started_us.to_string())
 }
 
 /// Translates what the guardian saw into an outcome and a line for people.
-fn ended(status: &Status, limits: Limits) -> Ended {
+fn ended(status: &Status) -> Ended {
     let exit = match (status.exit_code, status.term_signal) {
         (Some(code), _) => Some(Exit::Code(code)),
         (None, Some(signal)) => Some(Exit::Signal(signal)),
@@ -154,11 +192,10 @@ fn ended(status: &Status, limits: Limits) -> Ended {
     let (outcome, mut detail) = match &status.end {
         End::NotStarted(why) => (Outcome::Error, Some(why.clone())),
         End::GuardianGone => (Outcome::Error, Some("its guardian was killed".to_owned())),
-        End::Timeout => (Outcome::TimedOut, Some(format!("ran longer than its timeout of {}", human(limits.timeout)))),
-        End::Silence => (
-            Outcome::TimedOut,
-            Some(format!("no output for {}", limits.silence.map_or_else(|| "too long".to_owned(), human))),
-        ),
+        End::KeeperGone => (Outcome::Error, Some("its keeper was killed".to_owned())),
+        End::LeaseOver => (Outcome::Lost, Some("its claim was not confirmed within the lease".to_owned())),
+        End::Timeout(ms) => (Outcome::TimedOut, Some(format!("ran longer than its timeout of {}", human(*ms)))),
+        End::Silence(ms) => (Outcome::TimedOut, Some(format!("no output for {}", human(*ms)))),
         End::Stopped => (Outcome::Lost, Some("stopped".to_owned())),
         End::Exited => match exit {
             Some(Exit::Code(0)) => (Outcome::Passed, None),
@@ -201,15 +238,15 @@ fn signal_name(number: i32) -> String {
 }
 
 /// "1h 30m", as in the configuration file.
-fn human(duration: Duration) -> String {
-    let seconds = duration.as_secs();
+fn human(ms: u64) -> String {
+    let seconds = ms / 1000;
     let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
     let parts: Vec<String> = [(hours, "h"), (minutes, "m"), (rest, "s")]
         .into_iter()
         .filter(|(n, _)| *n > 0)
         .map(|(n, unit)| format!("{n}{unit}"))
         .collect();
-    if parts.is_empty() { format!("{} ms", duration.as_millis()) } else { parts.join(" ") }
+    if parts.is_empty() { format!("{ms} ms") } else { parts.join(" ") }
 }
 
 /// Removes the working directory of an attempt that does not keep it, and joins its log into one file.
@@ -232,7 +269,6 @@ mod tests {
 
     #[test]
     fn exit_codes_and_signals_become_outcomes() {
-        let limits = || Limits { timeout: Duration::from_secs(5400), silence: Some(Duration::from_secs(60)) };
         let table = [
             (status(End::Exited, Some(0), None), Outcome::Passed, None),
             (status(End::Exited, Some(3), None), Outcome::Failed, Some("exit code 3")),
@@ -242,12 +278,16 @@ mod tests {
                 Outcome::Error,
                 Some("exit code 75: the script asks to be tried again"),
             ),
-            (status(End::Timeout, None, Some(15)), Outcome::TimedOut, Some("ran longer than its timeout of 1h 30m")),
-            (status(End::Silence, None, Some(15)), Outcome::TimedOut, Some("no output for 1m")),
+            (
+                status(End::Timeout(5_400_000), None, Some(15)),
+                Outcome::TimedOut,
+                Some("ran longer than its timeout of 1h 30m"),
+            ),
+            (status(End::Silence(60_000), None, Some(15)), Outcome::TimedOut, Some("no output for 1m")),
             (status(End::NotStarted("no".into()), None, None), Outcome::Error, Some("no")),
         ];
         for (status, outcome, detail) in table {
-            let ended = ended(&status, limits());
+            let ended = ended(&status);
             assert_eq!((ended.outcome, ended.detail.as_deref()), (outcome, detail));
         }
     }

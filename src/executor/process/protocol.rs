@@ -1,5 +1,6 @@
 //! What a daemon and its keeper say to each other: one JSON object a line over a stream socket. Versioned, because a keeper
-//! may be older than the daemon that talks to it.
+//! outlives its daemon, and may be older than the one that talks to it next. Fields may be added with a default, and
+//! messages that the other may ignore; anything else is a new [`VERSION`].
 
 use std::path::PathBuf;
 
@@ -19,16 +20,32 @@ pub enum ToKeeper {
         /// `BUILD.ATTEMPT`.
         id: String,
     },
+    /// The claim of an attempt was confirmed.
+    Renew {
+        /// `BUILD.ATTEMPT`.
+        id: String,
+        /// Milliseconds on the clock of leases (CLOCK_BOOTTIME): its tree may live until then. A time of the clock, not a length,
+        /// so that a message that was long under way does not give more than it may.
+        until_ms: u64,
+    },
+    /// Leave, if nothing runs: another keeper is to come.
+    Leave,
 }
 
 /// From the keeper.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "say", rename_all = "snake_case")]
 pub enum FromKeeper {
-    /// First message: the keeper is ready.
+    /// First message on each connection: the keeper is ready.
     Hello {
         /// Its [`VERSION`].
         version: u32,
+        /// Its process id.
+        pid: i32,
+        /// Attempts that it has not told the end of, `BUILD.ATTEMPT`.
+        running: Vec<String>,
+        /// Why attempts get no PID namespace of their own; none: they do.
+        no_namespace: Option<String>,
     },
     /// An attempt has ended and no process of it is left.
     Ended {
@@ -60,6 +77,10 @@ pub struct Spec {
     pub kill_after_ms: u64,
     /// Bytes of output kept on disk.
     pub file_limit: u64,
+    /// The first lease, as in [`ToKeeper::Renew`].
+    pub until_ms: u64,
+    /// In a PID namespace of its own, where the keeper can make one.
+    pub namespace: bool,
 }
 
 /// How an attempt ended.
@@ -93,12 +114,16 @@ pub enum End {
     Exited,
     /// It could not be started.
     NotStarted(String),
-    /// It ran for too long.
-    Timeout,
-    /// It was silent for too long.
-    Silence,
+    /// It ran for longer than these milliseconds.
+    Timeout(u64),
+    /// It was silent for longer than these milliseconds.
+    Silence(u64),
     /// It was told to stop.
     Stopped,
+    /// Its lease was not renewed in time.
+    LeaseOver,
+    /// Its keeper vanished, and the guardian cleaned up.
+    KeeperGone,
     /// Its guardian vanished, and the keeper cleaned up.
     GuardianGone,
 }
