@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use buildreactor::database::queries::Hello;
 use buildreactor::database::{Claim, ConnInfo, Database, News, SessionLimits, Tried, Watch, migrate};
 use buildreactor::embedded::{Options, Server};
 use buildreactor::model::{AttemptId, BuildId, Builder, Ended, Locks, Outcome};
@@ -134,7 +135,7 @@ impl Bench {
     }
 
     async fn record(&self, mut claim: Claim, build: BuildId) {
-        let job = self.database.begin_attempt(build, "bench", 1, &[], &[]).await.unwrap().unwrap();
+        let job = self.database.begin_attempt(build, &bench(), 1, &[]).await.unwrap().unwrap();
         let ended = Ended { outcome: Outcome::Passed, exit: None, detail: None, usage: None, log_bytes: None };
         assert!(claim.record(AttemptId { build, attempt: job.id.attempt }, &ended).await.unwrap().is_some());
         claim.finish();
@@ -161,7 +162,7 @@ impl Bench {
         // A slot that nobody else asks for.
         let aside = Builder { name: "held".into(), number: 999_999, max_running: 1, locks: Locks::default() };
         assert!(matches!(claim.take(&aside, &[], &[id]).await.unwrap(), Tried::Claimed { .. }));
-        self.database.begin_attempt(id, "bench", 1, &[], &[]).await.unwrap().unwrap();
+        self.database.begin_attempt(id, &bench(), 1, &[]).await.unwrap().unwrap();
         claim
     }
 
@@ -195,6 +196,19 @@ impl Bench {
         }
         times.sort();
         times[times.len() / 2]
+    }
+}
+
+fn bench() -> Hello {
+    let none = Vec::new;
+    Hello {
+        name: "bench".into(),
+        folder: "bench".into(),
+        host: "here".into(),
+        pid: 1,
+        slots: 2,
+        labels: none(),
+        builders: none(),
     }
 }
 

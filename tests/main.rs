@@ -7,6 +7,7 @@ mod commands_watch;
 mod conninfo_tls;
 mod deploy;
 mod faults;
+mod leases;
 mod logs;
 mod process;
 mod queue;

@@ -242,7 +242,7 @@ async fn a_tree_of_any_shape_dies_with_its_daemon_its_keeper_or_its_guardian() {
 }
 
 /// All descendants of a process.
-fn below(root: i32) -> Vec<i32> {
+pub fn below(root: i32) -> Vec<i32> {
     let mut found = vec![root];
     let mut at = 0;
     while at < found.len() {
@@ -260,7 +260,7 @@ fn below(root: i32) -> Vec<i32> {
     found
 }
 
-fn name_of(pid: i32) -> String {
+pub fn name_of(pid: i32) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
 }
 

@@ -63,15 +63,17 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let signals = listen_to_signals(orders, leaving.clone())?;
     let worker = &config.worker;
     let slots = i32::try_from(worker.slots).unwrap_or(i32::MAX);
+    let folders = Folders::new(&worker.state_dir, &worker.name);
+    let unusable = |source| DaemonError::Folder { folder: folders.root().display().to_string(), source };
     let hello = Hello {
         name: worker.name.clone(),
+        folder: folders.id().map_err(unusable)?,
         host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
         pid: i32::try_from(std::process::id()).unwrap_or(0),
         slots,
         labels: worker.labels.clone(),
         builders: worker.builders.clone(),
     };
-    let folders = Folders::new(&worker.state_dir, &worker.name);
     let settings = process::Settings {
         folders: folders.clone(),
         file_limit: config.log.file_limit,

@@ -64,6 +64,8 @@ statements! {
 pub struct Hello {
     /// `workers.name`.
     pub name: String,
+    /// Id of its folder.
+    pub folder: String,
     /// Machine.
     pub host: String,
     /// Process id.
@@ -133,16 +135,18 @@ impl Database {
     pub async fn begin_attempt(
         &self,
         build: BuildId,
-        worker: &str,
+        hello: &Hello,
         slot: i32,
         lock_units: &[String],
-        labels: &[String],
     ) -> Result<Option<Job>> {
         const STEP: &str = "start an attempt";
         let session = self.work().await?;
         let sql = answered(STEP, session.prepare_cached(BEGIN_ATTEMPT)).await?;
-        let Some(row) =
-            answered(STEP, session.query_opt(&sql, &[&build.0, &worker, &slot, &labels, &lock_units])).await?
+        let Some(row) = answered(
+            STEP,
+            session.query_opt(&sql, &[&build.0, &hello.name, &slot, &hello.labels, &lock_units, &hello.folder]),
+        )
+        .await?
         else {
             return Ok(None);
         };
@@ -156,7 +160,7 @@ impl Database {
             started_us: row.get("started_us"),
             builder: row.get("builder"),
             slot,
-            worker: worker.to_owned(),
+            worker: hello.name.clone(),
             executor: row.get("executor"),
             script: row.get("script"),
             env: pairs("env_names", "env_values"),
@@ -169,20 +173,20 @@ impl Database {
         }))
     }
 
-    /// What `worker` was running when its last daemon left. The jobs hold what an adopted one needs, without the folder.
+    /// What this worker was running in its folder when its last daemon left. The jobs hold what an adopted one needs, without the folder.
     ///
     /// # Errors
     /// Unknown then.
-    pub async fn mine(&self, worker: &str) -> Result<Vec<Mine>> {
+    pub async fn mine(&self, hello: &Hello) -> Result<Vec<Mine>> {
         const STEP: &str = "look for this worker's own builds";
         let session = self.work().await?;
-        let rows = answered(STEP, session.query(LOOK_MINE, &[&worker])).await?;
+        let rows = answered(STEP, session.query(LOOK_MINE, &[&hello.name, &hello.folder])).await?;
         let job = |row: &tokio_postgres::Row| Job {
             id: AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") },
             started_us: row.get("started_us"),
             builder: row.get("builder"),
             slot: row.get("slot"),
-            worker: worker.to_owned(),
+            worker: hello.name.clone(),
             executor: row.get("executor"),
             script: None,
             env: Vec::new(),

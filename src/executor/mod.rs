@@ -98,6 +98,24 @@ impl Folders {
         &self.root
     }
 
+    /// What tells this folder from all others, here and on other machines; made at the first call. Makes the folder.
+    ///
+    /// # Errors
+    /// The folder cannot be made, read or written.
+    pub fn id(&self) -> std::io::Result<String> {
+        std::fs::create_dir_all(&self.root)?;
+        let file = self.root.join("folder.id");
+        let known = std::fs::read_to_string(&file).unwrap_or_default();
+        if !known.is_empty() {
+            return Ok(known);
+        }
+        let new = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
+        let beside = self.root.join("folder.id.new");
+        std::fs::write(&beside, &new)?;
+        std::fs::rename(beside, file)?;
+        Ok(new)
+    }
+
     /// Folders of attempts.
     pub fn attempts(&self) -> PathBuf {
         self.root.join("attempts")

@@ -114,7 +114,7 @@ pub async fn attempt(
         Err(error) => return Done::Failed(error),
     };
     let pulse = Pulse::now();
-    let begun = shared.database.begin_attempt(build, &shared.hello.name, slot, &lock_units, &shared.hello.labels).await;
+    let begun = shared.database.begin_attempt(build, &shared.hello, slot, &lock_units).await;
     let mut job = match begun {
         Ok(Some(job)) => job,
         Ok(None) => {

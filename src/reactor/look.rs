@@ -125,12 +125,8 @@ impl Reactor {
 
     /// Takes over what this worker's last daemon left. Before anything is claimed: these builds have their slots.
     async fn adopt(&mut self) -> Result<(), DatabaseError> {
-        for (mut job, number) in self.shared.database.mine(&self.shared.hello.name).await? {
+        for (mut job, number) in self.shared.database.mine(&self.shared.hello).await? {
             job.dir = self.shared.folders.attempt(job.id);
-            // Else it ran under this name elsewhere, and is left alone for `grace`.
-            if !crate::executor::process::is_of(&job.dir, job.started_us) {
-                continue;
-            }
             let (stop, shared) = (Stop::default(), Arc::clone(&self.shared));
             self.running.insert(job.id, Active { builder: job.builder.clone(), stop: stop.clone() });
             self.tasks.spawn(async move {

@@ -224,6 +224,7 @@ async fn template() -> &'static str {
 
 /// A real daemon process with a folder of its own.
 pub struct Daemon {
+    program: PathBuf,
     child: Option<Child>,
     pub log: Arc<Mutex<Vec<String>>>,
     command: Vec<(String, String)>,
@@ -245,13 +246,25 @@ impl Daemon {
 
     /// Starts a worker without waiting.
     pub fn spawn(url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
+        Daemon::spawn_program(Path::new(PROGRAM), url, name, env)
+    }
+
+    /// Starts a worker of another program file without waiting.
+    pub fn spawn_program(program: &Path, url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
         let state = Arc::new(temp_dir());
         let mut command = vec![
             ("BUILDREACTOR_WORKER_NAME".to_owned(), name.to_owned()),
             ("BUILDREACTOR_WORKER_STATE_DIR".to_owned(), state.path().display().to_string()),
         ];
         command.extend(env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-        let mut daemon = Daemon { child: None, log: Arc::default(), command, url: url.to_owned(), state };
+        let mut daemon = Daemon {
+            program: program.to_owned(),
+            child: None,
+            log: Arc::default(),
+            command,
+            url: url.to_owned(),
+            state,
+        };
         daemon.spawn_again();
         daemon
     }
@@ -260,7 +273,7 @@ impl Daemon {
     pub fn spawn_again(&mut self) {
         assert!(self.child.is_none());
         lines(&self.log).clear();
-        let mut child = Command::new(PROGRAM)
+        let mut child = Command::new(&self.program)
             .args(["run", "--database", &self.url])
             .envs(self.command.iter().map(|(key, value)| (key, value)))
             .env_remove("DATABASE_URL")

@@ -65,6 +65,10 @@ impl ProcessExecutor {
         let status = match begin {
             Begin::Adopt => {
                 tether.begun.store(true, Ordering::Release);
+                if !is_of(&job.dir, job.started_us) {
+                    let detail = "the worker ended before it had started the build";
+                    return Ended::without_process(Outcome::Lost, detail.to_owned());
+                }
                 match self.keeper.adopt(&job.id.to_string(), &job.dir, &tether).await {
                     Ok(Some(status)) => Ok(status),
                     Ok(None) => {
@@ -178,7 +182,7 @@ fn millis(duration: Duration) -> u64 {
 }
 
 /// Whether the folder of an attempt was made for this one, and not for one of the same number in another database.
-pub fn is_of(dir: &Path, started_us: i64) -> bool {
+fn is_of(dir: &Path, started_us: i64) -> bool {
     std::fs::read_to_string(dir.join(MARK)).is_ok_and(|text| text == started_us.to_string())
 }
 
