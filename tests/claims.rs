@@ -402,27 +402,65 @@ async fn a_slot_whose_claim_is_lost_for_a_while_is_given_to_nobody() {
     assert_eq!(first.stop().await, Some(0));
 }
 
+/// Three builds of b run; then `lower` takes the limit down to two.
+async fn lowered_from_three_to_two(db: &Db, lower: &str) {
+    let folder = temp_dir();
+    // Each build of b waits for a gate of its own. A probe starts only where none of b does: those go before it.
+    db.execute(&format!(
+        "UPDATE builders SET script = 'while [ ! -e {}/$BUILD_ID ]; do sleep 0.05; done' WHERE name = 'b'",
+        folder.path().display()
+    ))
+    .await;
+    db.builder("probe", "true").await;
+    let mut one = Daemon::start(db, "one", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "3")]).await;
+    db.execute("INSERT INTO build_queue (builder, priority) SELECT 'b', 1 FROM generate_series(1, 9)").await;
+    db.wait("SELECT count(*) = 3 FROM running_builds WHERE claim_held").await;
+    // From now on everything is started by the second worker, which has one slot and no memory of what the first one runs.
+    one.signal(Signal::SIGUSR1);
+    db.wait("SELECT status = 'draining' FROM worker_status").await;
+    db.execute(lower).await;
+    let _two = Daemon::start(db, "two", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "1")]).await;
+    let by_slot: Vec<i64> = db.all("SELECT build_id FROM build_attempts ORDER BY slot, lock_units").await;
+    let started = "SELECT count(*) FROM build_attempts a JOIN builds b ON b.id = a.build_id WHERE b.builder = 'b'";
+    let end = async |id: i64| {
+        std::fs::write(folder.path().join(id.to_string()), "").unwrap();
+        assert_eq!(db.finished(id).await, "passed");
+    };
+    let probe = db.enqueue("probe").await;
+    assert_eq!(db.finished(probe).await, "passed");
+    assert_eq!(db.one::<i64>(started).await, 3, "three run: too many already");
+    // The first slot, which the new limit still has, is free; but two run.
+    end(by_slot[0]).await;
+    let probe = db.enqueue("probe").await;
+    db.wait(&format!("SELECT ({started}) > 3 OR state = 'passed' FROM builds WHERE id = {probe}")).await;
+    assert_eq!(db.one::<i64>(started).await, 3, "two run: as many as may");
+    end(by_slot[1]).await;
+    db.wait(&format!("SELECT ({started}) = 4")).await;
+    db.wait("SELECT count(*) = 2 FROM running_builds WHERE claim_held").await;
+    end(by_slot[2]).await;
+    assert_eq!(one.exited().await, Some(0));
+    for id in 1..=9 {
+        std::fs::write(folder.path().join(id.to_string()), "").unwrap();
+    }
+    db.wait("SELECT count(*) = 9 FROM builds WHERE builder = 'b' AND state = 'passed'").await;
+}
+
 #[tokio::test]
 async fn a_limit_that_is_lowered_holds_from_then_on() {
     let db = Db::new().await;
-    let folder = temp_dir();
-    // Each build waits for a gate of its own.
-    db.builder("b", &format!("while [ ! -e {}/$BUILD_ID ]; do sleep 0.05; done", folder.path().display())).await;
+    db.builder("b", "true").await;
     db.execute("UPDATE builders SET max_running = 3").await;
-    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "6")]).await;
-    db.execute("INSERT INTO build_queue (builder) SELECT 'b' FROM generate_series(1, 5)").await;
-    db.wait("SELECT count(*) = 3 FROM running_builds WHERE claim_held").await;
-    db.execute("UPDATE builders SET max_running = 1").await;
-    let in_first_slot: i64 = db.one("SELECT build_id FROM build_attempts WHERE slot = 1").await;
-    for id in [in_first_slot, if in_first_slot == 1 { 2 } else { 1 }] {
-        std::fs::write(folder.path().join(id.to_string()), "").unwrap();
-        assert_eq!(db.finished(id).await, "passed");
-        tokio::time::sleep(std::time::Duration::from_secs(3)).await;
-        let running: i64 = db.one("SELECT count(*) FROM running_builds").await;
-        assert_eq!(running, if id == in_first_slot { 2 } else { 1 }, "nothing new is started above the limit");
-    }
-    for id in 1..=5 {
-        std::fs::write(folder.path().join(id.to_string()), "").unwrap();
-    }
-    db.wait("SELECT count(*) = 5 FROM builds WHERE state = 'passed'").await;
+    lowered_from_three_to_two(&db, "UPDATE builders SET max_running = 2 WHERE name = 'b'").await;
+}
+
+#[tokio::test]
+async fn a_lock_whose_capacity_is_lowered_is_held_by_no_more_from_then_on() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    db.execute(
+        "INSERT INTO build_locks (name, capacity) VALUES ('board', 3), ('other', 9);
+         UPDATE builders SET max_running = 9, locks = '{board,other}'",
+    )
+    .await;
+    lowered_from_three_to_two(&db, "UPDATE build_locks SET capacity = 2 WHERE name = 'board'").await;
 }

@@ -14,9 +14,19 @@ WITH builder AS MATERIALIZED (
                       WHERE $5::text[] <> '{}' AND x.state = 'running' AND a.lock_units && $5)
       -- Nor was a lock added since the claim.
       AND cardinality(r.locks) = cardinality($5)
-      -- Builds in slots above a limit that was lowered count against it from the top.
+      -- Builds in slots above this one count as well as the slots below it: neither those above a limit that was lowered nor the
+      -- others may come to more than the limit together. No other claim has this slot, so this holds side by side too.
       AND $3 + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
-                WHERE x.state = 'running' AND x.builder = r.name AND a.slot > r.max_running) <= r.max_running
+                WHERE x.state = 'running' AND x.builder = r.name AND a.slot > $3) <= r.max_running
+      -- Likewise the units of each lock, and its capacity.
+      AND NOT EXISTS (
+          SELECT FROM unnest($5::text[]) AS held
+          CROSS JOIN LATERAL (SELECT split_part(held, '#', 1) AS name, split_part(held, '#', 2)::integer AS unit) u
+          JOIN build_locks l ON l.name = u.name
+          WHERE u.unit + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+                          CROSS JOIN unnest(a.lock_units) AS other
+                          WHERE x.state = 'running' AND split_part(other, '#', 1) = u.name AND split_part(other, '#', 2)::integer > u.unit)
+                > l.capacity)
 ), started AS (
     UPDATE builds b
     SET state = 'running', attempt = b.attempt + 1, worker = $2, started_at = clock_timestamp(),
