@@ -1,6 +1,7 @@
 //! Builds everything in order, listens to signals, stops in order.
 
 mod janitor;
+mod retention;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,6 +85,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let (herald, proclaim) = Herald::new(database.clone());
     let proclaim = crate::tasks::spawn(proclaim);
     let tidying = TaskTracker::new();
+    let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
     let janitor = crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
     let (giving_back, giving_up) = (CancellationToken::new(), CancellationToken::new());
     let shared = Arc::new(Shared {
@@ -112,7 +114,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         giving_up.cancel();
     });
     let left = Reactor::new(shared, receive_orders).run().await;
-    drop((signals, janitor, deadline));
+    drop((signals, janitor, retention, deadline));
     tidying.close();
     // The reactor has dropped its heralds; what they said is still sent, and old folders removed, but not for ever.
     let farewell = async {
