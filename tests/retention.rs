@@ -330,30 +330,26 @@ async fn pruning_a_hundred_thousand_builds_does_not_double_the_time_a_build_take
         quiet.sample().await;
     }
     let person = db.session().await;
-    let calls = std::cell::RefCell::new(Vec::new());
     let mut during = starts();
     let pruned = async {
+        let mut calls = Vec::new();
         loop {
             let began = Instant::now();
             let gone: i64 = person.query_one("SELECT prune_builds('90 days')", &[]).await.unwrap().get(0);
             if gone == 0 {
-                return;
+                return calls;
             }
-            calls.borrow_mut().push(began.elapsed().as_secs_f64() * 1000.0);
+            calls.push(began.elapsed().as_secs_f64() * 1000.0);
         }
     };
     let began = Instant::now();
     let mut pruned = std::pin::pin!(pruned);
-    loop {
-        let over = tokio::select! {
-            () = &mut pruned => true,
-            () = during.sample() => false,
-        };
-        if over {
-            break;
+    let calls = loop {
+        tokio::select! {
+            calls = &mut pruned => break calls,
+            () = during.sample() => {}
         }
-    }
-    let calls = calls.borrow();
+    };
     println!(
         "{} calls of prune_builds took {:.1} s, the first {:.1} ms, the last {:.1} ms; median start before {:.1} ms ({} samples), during {:.1} ms ({})",
         calls.len(),
