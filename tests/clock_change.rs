@@ -87,17 +87,17 @@ async fn two_schedules_over_a_change_of_the_clocks_and_three_daemons_fire_as_the
         turn(&db, from).await;
         db.execute("UPDATE build_schedules SET enabled = true").await;
         db.wait("SELECT count(next_at) = 2 FROM build_schedules").await;
+        let mut turned = "";
         for (tick, _, _, late) in ticks {
             due += 1;
             match late {
-                // All three have a timer for it.
+                // All three have a timer for it. Two at the same time: the clock is there already.
+                None if *tick == turned => {}
                 None => {
-                    let before = format!("(timestamp '{tick}' - interval '0.15 s')::text");
-                    let before: String = db.one(&format!("SELECT {before}")).await;
-                    // Two at the same time: the clock is there already.
-                    if db.one::<i64>("SELECT count(*) FROM fired").await < due {
-                        turn(&db, &before).await;
-                    }
+                    turned = tick;
+                    let before: String =
+                        db.one(&format!("SELECT (timestamp '{tick}' - interval '0.15 s')::text")).await;
+                    turn(&db, &before).await;
                 }
                 Some(at) => turn(&db, at).await,
             }
