@@ -194,19 +194,21 @@ async fn a_claim_pins_no_snapshot_while_its_build_runs() {
     let folder = temp_dir();
     let gate = folder.path().join("gate");
     gated(&db, "b", &gate).await;
-    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "200ms")]).await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "3s")]).await;
     let id = db.enqueue("b").await;
     db.wait("SELECT last_log_line = 'waiting' FROM running_builds").await;
-    // After each of some pings. One under way has a snapshot for an instant, so: not twice between the same two of them.
+    // From before the first ping, which would close what the claim left open, to the second. One under way has a snapshot for an
+    // instant, so: not twice between the same two of them.
     const BETWEEN: &str = "SELECT concat_ws(' ', state_change, CASE WHEN state = 'idle in transaction' AND backend_xmin IS NOT NULL THEN 'pinned' END)
         FROM pg_stat_activity WHERE pid = (SELECT claim_pid FROM running_builds)";
     let mut seen = std::collections::HashSet::new();
     let mut last = String::new();
-    while seen.len() < 6 {
+    while seen.len() < 3 {
         let now: String = db.one(BETWEEN).await;
         assert!(now != last || !now.ends_with("pinned"), "{now}");
         seen.insert(now.clone());
         last = now;
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     // Nor does it hold locks on tables that people alter.
     let held: Vec<String> = db
