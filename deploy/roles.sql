@@ -50,5 +50,7 @@ GRANT UPDATE ON build_schedules TO :"worker";
 GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
+-- Not the history: a worker that was broken into cannot delete it. One whose [retention] has builds or builds_per_builder needs:
+--     GRANT DELETE ON builds TO build_worker;
 
 COMMIT;

@@ -113,8 +113,13 @@ async fn the_grants_that_it_names_are_all_that_a_worker_needs() {
     for line in lines.iter().filter(|line| line.contains(" privileges: ")) {
         db.execute(&line[line.find("GRANT").unwrap()..]).await;
     }
-    let (code, lines) = check_at(&url, &[]).await;
+    let (code, lines) = check_at(&url, &[("BUILDREACTOR_RETENTION_LOGS", "30 days")]).await;
     assert_eq!(code, Some(0), "{lines:#?}");
+    // Only who is to delete builds need be able to.
+    let retention = [("BUILDREACTOR_RETENTION_BUILDS", "90 days"), ("BUILDREACTOR_RETENTION_LOGS", "30 days")];
+    let (code, lines) = check_at(&url, &retention).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    has(&lines, "PROBLEM", &["privileges", "GRANT DELETE ON public.builds TO"]);
 
     db.execute("INSERT INTO builders (name, script, retry_failed) VALUES ('good', 'echo hi', 0), ('bad', 'exit 3', 1), ('broken', 'exit 75', 0)").await;
     let mut daemon = Daemon::start_at(&url, "w", &[]).await;
@@ -124,6 +129,15 @@ async fn the_grants_that_it_names_are_all_that_a_worker_needs() {
     }
     db.execute("INSERT INTO build_queue (builder, run_after) VALUES ('good', clock_timestamp() + '300 ms')").await;
     db.wait("SELECT count(*) = 2 FROM builds WHERE builder = 'good' AND state = 'passed'").await;
+    assert!(!daemon.has_said("permission denied"), "{:#?}", daemon.log.lock().unwrap());
+    assert_eq!(daemon.stop().await, Some(0));
+    for line in lines.iter().filter(|line| line.contains(" privileges: ")) {
+        db.execute(&line[line.find("GRANT").unwrap()..]).await;
+    }
+    assert_eq!(check_at(&url, &retention).await.0, Some(0));
+    db.execute("UPDATE builds SET finished_at = finished_at - interval '1 year'").await;
+    let mut daemon = Daemon::start_at(&url, "w", &retention).await;
+    daemon.says("deleted what [retention] no longer keeps: 4 builds").await;
     assert!(!daemon.has_said("permission denied"), "{:#?}", daemon.log.lock().unwrap());
     assert_eq!(daemon.stop().await, Some(0));
     role.drop().await;

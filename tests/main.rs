@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests fail by panicking")]
 
 mod claims;
+mod clock_change;
 mod commands_check;
 mod commands_watch;
 mod conninfo_tls;
@@ -12,6 +13,7 @@ mod logs;
 mod process;
 mod queue;
 mod random;
+mod retention;
 mod schedules;
 mod sql;
 mod structure;

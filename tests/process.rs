@@ -1,7 +1,5 @@
 //! The process executor: what a script gets, how its end is told, and that nothing of it is left.
 
-use std::time::Duration;
-
 use nix::sys::signal::Signal;
 
 use crate::support::{Daemon, Db, processes_of, temp_dir, wait_for};
@@ -416,7 +414,12 @@ async fn the_daemon_holds_no_more_than_its_slots() {
     }
     let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "3")]).await;
     db.wait("SELECT count(*) = 3 FROM running_builds WHERE claim_held").await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Each change of a builder has it look at everything, report in, and then claim what it can.
+    for n in 0..3 {
+        let seen: String = db.one("SELECT seen_at::text FROM workers").await;
+        db.execute(&format!("UPDATE builders SET description = '{n}'")).await;
+        db.wait(&format!("SELECT seen_at > '{seen}' FROM workers")).await;
+    }
     assert_eq!(db.one::<i64>("SELECT count(*) FROM running_builds").await, 3);
     assert_eq!(
         db.one::<i64>("SELECT count(*) FROM queue_status WHERE waiting_because = 'all fitting workers are busy'").await,

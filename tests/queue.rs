@@ -534,9 +534,11 @@ async fn deleting_a_build_that_others_need_skips_them() {
 async fn needs_that_end_together_lock_what_hangs_on_them_in_one_order() {
     let db = Db::new().await;
     db.builder("b", "true").await;
-    // A slow step between the locks, so that two orders would meet.
+    // A step between the locks that waits until it is let go, so that two orders would meet.
+    let gate = db.session().await;
+    gate.batch_execute("SELECT pg_advisory_lock(77)").await.unwrap();
     db.execute(
-        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END';
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(77); RETURN NULL; END';
          CREATE TRIGGER slow AFTER UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'skipped') EXECUTE FUNCTION slow();
          INSERT INTO build_queue (builder) VALUES ('b'), ('b');
          INSERT INTO build_queue (builder, needs) VALUES ('b', '{1}');
@@ -544,11 +546,24 @@ async fn needs_that_end_together_lock_what_hangs_on_them_in_one_order() {
          INSERT INTO build_queue (builder, needs) VALUES ('b', '{2,3}')",
     )
     .await;
+    let waiting = async |count: i64| {
+        db.wait(&format!(
+            "SELECT count(*) = {count} FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE 'SELECT cancel_build(_)'"
+        ))
+        .await;
+    };
     let (one, two) = (db.session().await, db.session().await);
-    let (a, b) = tokio::join!(one.batch_execute("SELECT cancel_build(1)"), async {
-        tokio::time::sleep(Duration::from_millis(150)).await;
-        two.batch_execute("SELECT cancel_build(2)").await
-    });
+    let (a, b, ()) = tokio::join!(
+        one.batch_execute("SELECT cancel_build(1)"),
+        async {
+            waiting(1).await;
+            two.batch_execute("SELECT cancel_build(2)").await
+        },
+        async {
+            waiting(2).await;
+            gate.batch_execute("SELECT pg_advisory_unlock(77)").await.unwrap();
+        }
+    );
     a.unwrap();
     b.unwrap();
     assert_eq!(states(&db).await, "1 cancelled, 2 cancelled, 3 skipped, 4 skipped, 5 skipped");

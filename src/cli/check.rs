@@ -39,7 +39,12 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<()> {
     let info = super::conninfo(config)?;
     // As the daemon sets them.
     let limits = SessionLimits { slots: config.worker.slots, claim_idle: config.lease.lease + KILL_TIME };
-    let asked = Asked { worker: config.worker.name.clone(), limits, lease: config.lease.lease };
+    let asked = Asked {
+        worker: config.worker.name.clone(),
+        limits,
+        lease: config.lease.lease,
+        deletes_builds: config.retention.builds.is_some() || config.retention.builds_per_builder.is_some(),
+    };
     Ok(examine(&info, &asked, found).await?)
 }
 

@@ -8,7 +8,7 @@ use super::value::{DAY, Value};
 
 /// Sections of the design whose behaviour does not exist yet. An issue that adds one takes it out
 /// here and adds its keys to [`KEYS`].
-pub(super) const NOT_YET: &[&str] = &["mail", "buildbot", "kick", "http", "retention"];
+pub(super) const NOT_YET: &[&str] = &["mail", "buildbot", "kick", "http"];
 
 /// One setting.
 pub(super) struct Key {
@@ -39,6 +39,8 @@ impl Key {
     }
 }
 
+const AGES: RangeInclusive<Duration> = Duration::from_secs(1)..=DAY.saturating_mul(36_500);
+const AGE_MUST: &str = "a duration with a unit, from 1 s to 36500 days (left out: for ever)";
 const LEASE_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=DAY;
 const LEASE_MUST: &str = "a duration with a unit, from 1 ms to 1 day";
 
@@ -147,6 +149,27 @@ pub(super) static KEYS: &[Key] = &[
         must: "a duration with a unit, from 1 ms to 36500 days",
         example: "\"30 days\"",
         set: |c, v| v.duration(Duration::from_millis(1)..=36_500 * DAY).map(|keep| c.log.keep = keep),
+    },
+    Key {
+        section: "retention",
+        name: "builds",
+        must: AGE_MUST,
+        example: "\"90 days\"",
+        set: |c, v| v.duration(AGES).map(|age| c.retention.builds = Some(age)),
+    },
+    Key {
+        section: "retention",
+        name: "builds_per_builder",
+        must: "a whole number from 1 to 1000000 (left out: no limit)",
+        example: "1000",
+        set: |c, v| v.count(1..=1_000_000).map(|count| c.retention.builds_per_builder = Some(count)),
+    },
+    Key {
+        section: "retention",
+        name: "logs",
+        must: "a duration with a unit, from 1 s to 36500 days (left out: as long as their builds)",
+        example: "\"30 days\"",
+        set: |c, v| v.duration(AGES).map(|age| c.retention.logs = Some(age)),
     },
 ];
 

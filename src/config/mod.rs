@@ -32,6 +32,7 @@ pub struct Config {
     pub reactor: Reactor,
     pub lease: Lease,
     pub log: Log,
+    pub retention: Retention,
     file: Option<PathBuf>,
     overrides: Vec<String>,
 }
@@ -97,6 +98,18 @@ pub struct Log {
     pub file_limit: u64,
     /// How long log files are kept: 1 ms to 36500 days. Default: 30 days of 24 hours.
     pub keep: Duration,
+}
+
+/// `[retention]`: what the daemon deletes by itself of what has finished. Default: nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Retention {
+    /// How long after its end a build is kept, with its attempts and logs: 1 s to 36500 days. Default: for ever.
+    pub builds: Option<Duration>,
+    /// How many finished builds of each builder are kept, the newest: 1 to 1000000. Default: all.
+    pub builds_per_builder: Option<u32>,
+    /// How long after the end of its build a log is kept in the database: 1 s to 36500 days.
+    /// Default: as long as the build.
+    pub logs: Option<Duration>,
 }
 
 impl Config {

@@ -7,7 +7,7 @@ use super::tests::{accepts, on_host, read, refuses, refuses_variable, without_fi
 #[test]
 fn unknown_names_are_refused_with_the_nearest_known_one() {
     let not_yet = |name| format!("FILE:1: section `{name}` is not supported by this version, remove it");
-    for name in ["mail", "kick", "http", "retention"] {
+    for name in ["mail", "kick", "http"] {
         refuses(&format!("{name}.x = 1\n{name}.y = 2"), &[&not_yet(name)]);
     }
     refuses("[buildbot.main]\nurl = 1\n[buildbot.b]", &[&not_yet("buildbot")]);
@@ -15,7 +15,7 @@ fn unknown_names_are_refused_with_the_nearest_known_one() {
         "[[worker]]\n[xyz]\n",
         &[
             "FILE:1: worker: an array is given, it must be a section, for example `[worker]`",
-            "FILE:2: unknown section `xyz`, known are `database`, `worker`, `reactor`, `lease`, `log`",
+            "FILE:2: unknown section `xyz`, known are `database`, `worker`, `reactor`, `lease`, `log`, `retention`",
         ],
     );
     refuses(
@@ -121,6 +121,29 @@ fn durations_need_a_known_unit_and_a_fixed_length() {
     assert_eq!(said("log", "keep", "\"1 month\""), "`1 month` has no fixed length");
     assert_eq!(said("log", "keep", "\"\""), "it is empty");
     assert_eq!(accepts("reactor.poll = \"1 day\"").reactor.poll, super::value::DAY);
+}
+
+#[test]
+fn retention_keeps_everything_unless_it_is_told_otherwise() {
+    assert_eq!(accepts("[retention]").retention, super::Retention::default());
+    let kept = accepts("[retention]\nbuilds = \"90 days\"\nbuilds_per_builder = 500\nlogs = \"2 weeks\"").retention;
+    let days = |days| Some(days * super::value::DAY);
+    assert_eq!((kept.builds, kept.builds_per_builder, kept.logs), (days(90), Some(500), days(14)));
+    refuses(
+        "[retention]\nbuilds = 90\nbuilds_per_builder = 0\nlogs = \"999ms\"\nlog = \"1 day\"\n",
+        &[
+            "FILE:2: retention.builds: `90` has no unit, it must be a duration with a unit, from 1 s to 36500 days \
+             (left out: for ever), for example `builds = \"90 days\"`",
+            "FILE:3: retention.builds_per_builder: `0` is out of range, it must be a whole number from 1 to 1000000 \
+             (left out: no limit), for example `builds_per_builder = 1000`",
+            "FILE:4: retention.logs: `999ms` is out of range, it must be a duration with a unit, from 1 s to 36500 \
+             days (left out: as long as their builds), for example `logs = \"30 days\"`",
+            "FILE:5: retention.log: unknown key, did you mean `logs`?",
+        ],
+    );
+    assert_eq!(said("retention", "builds", "\"3 months\""), "`3 months` has no fixed length");
+    assert_eq!(said("retention", "builds", "\"36501 days\""), "`36501 days` is out of range");
+    assert_eq!(said("retention", "builds_per_builder", "1000001"), "`1000001` is out of range");
 }
 
 #[test]

@@ -276,6 +276,7 @@ fn the_example_file_shows_every_key_with_its_default() {
             && (config.lease.clone(), config.log.clone()) == Default::default()
     };
     let as_it_is = accepts(example);
+    assert_eq!(as_it_is.retention, Default::default());
     assert!(same(&as_it_is) && as_it_is.database.url.is_none());
 
     let is_key = |line: &str| KEYS.iter().any(|key| line.starts_with(&format!("#{} =", key.name)));

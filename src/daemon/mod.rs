@@ -1,6 +1,7 @@
 //! Builds everything in order, listens to signals, stops in order.
 
 mod janitor;
+mod retention;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,6 +98,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let (herald, proclaim) = Herald::new(database.clone());
     let proclaim = crate::tasks::spawn(proclaim);
     let tidying = TaskTracker::new();
+    let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
     let janitor = crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
     let (giving_back, giving_up) = (CancellationToken::new(), CancellationToken::new());
     let shared = Arc::new(Shared {
@@ -134,7 +136,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         // A result may be under way at this moment; the next daemon asks the attempt's own row.
         () = gone => Ok(Left::Ordered),
     };
-    drop((signals, janitor, deadline));
+    drop((signals, janitor, retention, deadline));
     tidying.close();
     // The reactor has dropped its heralds; what they said is still sent, and old folders removed, but not for ever.
     let farewell = async {

@@ -74,6 +74,8 @@ pub struct Asked {
     pub limits: SessionLimits,
     /// `[lease] lease`.
     pub lease: Duration,
+    /// Whether `[retention]` has it delete builds.
+    pub deletes_builds: bool,
 }
 
 /// Looks at everything that a worker needs of the database and adds what it sees to `found`.
@@ -90,7 +92,7 @@ pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Re
     }
     let there = schema(client, found).await;
     if keep_on("schema", there, found)?.unwrap_or(true) {
-        let outcome = privileges(client, found).await;
+        let outcome = privileges(client, asked, found).await;
         keep_on("privileges", outcome, found)?;
         let outcome = triggers(client, found).await;
         keep_on("triggers", outcome, found)?;
@@ -265,8 +267,8 @@ async fn schema(client: &Client, found: &mut Findings) -> Result<bool> {
     Ok(state != SchemaState::Missing)
 }
 
-async fn privileges(client: &Client, found: &mut Findings) -> Result<()> {
-    let lacking = rows(client, sql::PRIVILEGES, &[]).await?;
+async fn privileges(client: &Client, asked: &Asked, found: &mut Findings) -> Result<()> {
+    let lacking = rows(client, sql::PRIVILEGES, &[(&asked.deletes_builds, Type::BOOL)]).await?;
     for row in &lacking {
         let (role, object): (&str, &str) = (row.get("role"), row.get("object"));
         let (missing, remedy): (&str, &str) = (row.get("missing"), row.get("remedy"));

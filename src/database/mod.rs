@@ -12,6 +12,7 @@ pub mod examine;
 pub mod migrate;
 pub mod queries;
 pub mod reading;
+pub mod retention;
 pub mod schedules;
 
 mod tls;

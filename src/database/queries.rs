@@ -40,6 +40,9 @@ statements! {
     NEXT_DUE = "next_due.sql";
     NOTIFY = "notify.sql";
     PROMOTE_DUE = "promote_due.sql";
+    PRUNE_BUILDS = "prune_builds.sql";
+    PRUNE_LOGS = "prune_logs.sql";
+    PRUNE_NEXT = "prune_next.sql";
     READ_BUILD = "read_build.sql";
     READ_LOG = "read_log.sql";
     READ_QUEUE = "read_queue.sql";

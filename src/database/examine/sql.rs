@@ -22,12 +22,12 @@ pub(super) const SCHEMA: &str = "
            (SELECT string_agg(quote_ident(n.nspname), ', ') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE c.relname = 'build_queue' AND c.relkind = 'r' AND n.nspname IS DISTINCT FROM current_schema()) AS elsewhere";
 
-/// What the statements of `sql/queries` need; triggers and foreign keys work with their owner's rights.
+/// $1 boolean: whether builds are to be deleted. What the statements of `sql/queries` need; triggers and foreign keys work with their owner's rights.
 pub(super) const PRIVILEGES: &str = "
     WITH lacking AS (
         SELECT format('%I.%I', n.nspname, c.relname) AS object, array_to_string(ARRAY(
             SELECT p FROM unnest(string_to_array(w.wanted, ', ')) AS p WHERE NOT has_table_privilege(c.oid, p)), ', ') AS missing
-        FROM (VALUES ('build_schema_history', 'SELECT'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE'),
+        FROM (VALUES ('build_schema_history', 'SELECT'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE' || CASE WHEN $1 THEN ', DELETE' ELSE '' END),
                      ('build_queue', 'SELECT, INSERT, UPDATE, DELETE'), ('build_schedules', 'SELECT, UPDATE'), ('build_attempts', 'SELECT, INSERT, UPDATE'),
                      ('build_log', 'SELECT, INSERT, UPDATE, DELETE'), ('workers', 'SELECT, INSERT, UPDATE')) AS w (name, wanted)
         JOIN pg_class c ON c.oid = to_regclass(w.name) JOIN pg_namespace n ON n.oid = c.relnamespace

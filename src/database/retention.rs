@@ -1,0 +1,120 @@
+//! Deleting what has finished long ago, a little at a time. On a session of its own, which ends with the round.
+
+use std::time::Duration;
+
+use deadpool_postgres::Object;
+use jiff::Timestamp;
+use tokio_postgres::types::ToSql;
+
+use super::{Database, DatabaseError, Result, answered, queries};
+
+/// For the length of a round: nobody waits for it long, and what it deletes need not be flushed, because the next round would
+/// delete it again.
+const SESSION: &str = "SET lock_timeout = '1s'; SET statement_timeout = '8s'; SET synchronous_commit = off";
+
+/// Key of the lock that lets one daemon prune at a time.
+const LOCK: (i32, i32) = (-5, 0);
+
+/// The right to prune, until it is dropped: its session ends then, and the lock with it.
+pub struct Pruning {
+    session: Option<Object>,
+}
+
+/// A builder and how far its finished builds are kept.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// `builders.name`.
+    pub builder: String,
+    /// What finished before this, or at this time with a lower id, may go. `None`: everything is kept.
+    pub since: Option<(Timestamp, i64)>,
+}
+
+/// What came of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<At> {
+    /// How many rows went: builds, or pieces of logs.
+    pub deleted: i64,
+    /// Where the next batch begins. `None`: there was nothing more.
+    pub reached: Option<At>,
+}
+
+impl Database {
+    /// The right to prune. `None`: another daemon has it.
+    ///
+    /// # Errors
+    /// No connection.
+    pub async fn pruning(&self) -> Result<Option<Pruning>> {
+        const STEP: &str = "prepare to prune";
+        let pruning = Pruning { session: Some(self.work().await?) };
+        let session = pruning.session()?;
+        answered(STEP, session.batch_execute(SESSION)).await?;
+        const SQL: &str = "SELECT pg_try_advisory_lock($1, $2)";
+        let row = answered(STEP, session.query_one(SQL, &[&LOCK.0, &LOCK.1])).await?;
+        Ok(row.get::<_, bool>(0).then_some(pruning))
+    }
+}
+
+impl Pruning {
+    fn session(&self) -> Result<&Object> {
+        self.session
+            .as_ref()
+            .ok_or_else(|| DatabaseError::Unexpected { step: "prune", what: "its session has ended".to_owned() })
+    }
+
+    /// The builder after `builder`, by name, of whose builds those older than `age` and all but the newest `count` may go.
+    /// `None`: there is no other.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn next(&self, builder: &str, age: Option<Duration>, count: Option<u32>) -> Result<Option<Kept>> {
+        const STEP: &str = "look which builds are old";
+        let session = self.session()?;
+        let sql = answered(STEP, session.prepare_cached(queries::PRUNE_NEXT)).await?;
+        let age = age.map(|age| age.as_secs_f64());
+        let row = answered(STEP, session.query_opt(&sql, &[&builder, &age, &count.map(i64::from)])).await?;
+        Ok(row.map(|row| Kept {
+            builder: row.get("name"),
+            since: row.get::<_, Option<Timestamp>>("finished_at").zip(row.get("id")),
+        }))
+    }
+
+    /// Deletes at most `most` builds of `builder` that finished before `since`, the oldest first, from `reached` on.
+    ///
+    /// # Errors
+    /// None of them was deleted, unless the answer is what was lost.
+    pub async fn builds(
+        &self,
+        builder: &str,
+        since: (Timestamp, i64),
+        reached: Option<Timestamp>,
+        most: i64,
+    ) -> Result<Batch<Timestamp>> {
+        const STEP: &str = "delete old builds";
+        let session = self.session()?;
+        let sql = answered(STEP, session.prepare_cached(queries::PRUNE_BUILDS)).await?;
+        let parameters: [&(dyn ToSql + Sync); 5] = [&builder, &since.0, &since.1, &reached, &most];
+        let row = answered(STEP, session.query_one(&sql, &parameters)).await?;
+        Ok(Batch { deleted: row.get("deleted"), reached: row.get("reached") })
+    }
+
+    /// Deletes the logs of builds that finished longer than `age` ago, looking at `most` builds after `reached`.
+    ///
+    /// # Errors
+    /// None of them was deleted, unless the answer is what was lost.
+    pub async fn logs(&self, age: Duration, reached: i64, most: i64) -> Result<Batch<i64>> {
+        const STEP: &str = "delete old logs";
+        let session = self.session()?;
+        let sql = answered(STEP, session.prepare_cached(queries::PRUNE_LOGS)).await?;
+        let row = answered(STEP, session.query_one(&sql, &[&reached, &age.as_secs_f64(), &most])).await?;
+        Ok(Batch { deleted: row.get("deleted"), reached: row.get("reached") })
+    }
+}
+
+impl Drop for Pruning {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take() {
+            // Out of the pool: its settings and its lock are of no use to others.
+            drop(Object::take(session));
+        }
+    }
+}
