@@ -70,7 +70,7 @@ impl Bench {
             .unwrap();
         let limits = SessionLimits { slots: 2, claim_idle: Duration::from_secs(3600) };
         let database = Database::new(info, limits, "bench").unwrap();
-        let watch = database.watch("bench", Arc::<News>::default()).await.unwrap();
+        let watch = database.watch(&bench(), Arc::<News>::default()).await.unwrap();
         let mut builders = watch.builders(&[]).await.unwrap();
         builders.retain(|builder| builder.name != "held");
         Bench { database, watch, client, builders }

@@ -6,6 +6,9 @@ COMMENT ON COLUMN build_attempts.claims IS 'How often its worker took its claim:
 ALTER TABLE build_attempts ADD COLUMN folder text;
 COMMENT ON COLUMN build_attempts.folder IS 'Id of the worker''s folder that it runs in: who owns that folder may take it over. Internal.';
 
+ALTER TABLE workers ADD COLUMN folder text;
+COMMENT ON COLUMN workers.folder IS 'Id of its folder. Internal.';
+
 -- Which attempt used a slot last: the newest entry of this index, found without walking others. An index of what runs would be full of dead
 -- entries behind a long claim.
 ALTER TABLE build_attempts ADD COLUMN builder text;

@@ -1,8 +1,16 @@
 -- Counts a claim that was taken again, if the attempt is still its build's running one: others who saw its row unlocked start to
--- count `grace` anew. Runs while the queue row is locked, before the lease is renewed.
+-- count `grace` anew. Runs on another connection while the queue row is locked, before the lease is renewed. Comes back with the keys of
+-- the advisory locks that belong to the claim: the builder's slot, and units of build_locks.
 -- $1 bigint  build    $2 integer  attempt
 -- Locks: the row of build_attempts. Its own state is asked too: that is what is looked at again after a wait for that lock.
-UPDATE build_attempts a SET claims = a.claims + 1
-FROM builds b
-WHERE a.build_id = $1 AND a.attempt = $2 AND a.state = 'running' AND b.id = a.build_id AND b.attempt = a.attempt AND b.state = 'running'
-RETURNING a.claims
+WITH counted AS (
+    UPDATE build_attempts a SET claims = a.claims + 1
+    FROM builds b JOIN builders r ON r.name = b.builder
+    WHERE a.build_id = $1 AND a.attempt = $2 AND a.state = 'running' AND b.id = a.build_id AND b.attempt = a.attempt AND b.state = 'running'
+    RETURNING r.number, coalesce(a.slot, 0) AS slot, a.lock_units
+), units AS (
+    SELECT -1000 - l.number AS class, split_part(u, '#', 2)::integer AS key
+    FROM counted c CROSS JOIN unnest(c.lock_units) AS u JOIN build_locks l ON l.name = split_part(u, '#', 1)
+)
+SELECT c.number || ARRAY(SELECT class FROM units ORDER BY class, key) AS classes, c.slot || ARRAY(SELECT key FROM units ORDER BY class, key) AS keys
+FROM counted c

@@ -6,6 +6,7 @@ use std::time::Duration;
 use deadpool_postgres::Object;
 use tokio_postgres::types::ToSql;
 
+use super::queries::AdvisoryKeys;
 use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, queries};
 use crate::clock::boottime;
 use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
@@ -112,28 +113,37 @@ impl Claim {
     }
 
     /// Opens the transaction and locks the row of an attempt that was started before: after a lost connection, or to
-    /// record that its worker is lost. `slot`: the builder's number and slot to hold again with it, where that can be had; the
-    /// row alone decides, and no other build starts in the slot of a running one.
-    /// False: somebody else holds the row, or the build is no longer queued; nothing is held then.
+    /// record that its worker is lost. The row alone decides. False: somebody else holds it, or the build is no longer queued; nothing is
+    /// held then.
     ///
     /// # Errors
     /// The connection is gone or the server refused.
-    pub async fn take_again(&mut self, id: AttemptId, slot: Option<(i32, i32)>) -> Result<bool> {
+    pub async fn take_again(&mut self, id: AttemptId) -> Result<bool> {
         const STEP: &str = "lock the row of a build again";
         let session = self.session()?;
         answered(STEP, session.batch_execute("BEGIN; SAVEPOINT row")).await?;
         let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&id.build.0])).await?;
-        let held = row.is_some();
-        if let (true, Some((number, slot))) = (held, slot) {
-            const SQL: &str = "SELECT pg_try_advisory_xact_lock($1, $2)";
-            answered(STEP, session.query_one(SQL, &[&number, &slot])).await?;
-        }
-        // Also closes the portals, as in `take`.
+        // Also closes the portal, as in `take`.
         answered(STEP, session.batch_execute("SELECT 1")).await?;
-        if !held {
+        if row.is_none() {
             self.release().await?;
         }
-        Ok(held)
+        Ok(row.is_some())
+    }
+
+    /// Holds what belongs to a claim beside its row again, where it can be had: no other build starts with the slot or a lock unit of a
+    /// running one, whoever has the advisory lock.
+    ///
+    /// # Errors
+    /// The connection is gone, and the claim with it.
+    pub async fn hold(&mut self, locks: &AdvisoryKeys) -> Result<()> {
+        const STEP: &str = "hold the slot of a build again";
+        // Touches no table: a claim holds locks on the queue alone.
+        const SQL: &str =
+            "SELECT pg_try_advisory_xact_lock(class, key) FROM unnest($1::integer[], $2::integer[]) AS l(class, key)";
+        let session = self.session()?;
+        answered(STEP, session.query(SQL, &[&locks.classes, &locks.keys])).await?;
+        answered(STEP, session.batch_execute("SELECT 1")).await
     }
 
     /// Whether the attempt of a row that is locked here was claimed as often as was `seen` when its row was first found unlocked. If so

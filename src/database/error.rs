@@ -53,6 +53,8 @@ pub enum DatabaseError {
         name: String,
         /// " by process 123 on HOST", where it is known.
         by: String,
+        /// By an earlier daemon of this folder, which is dead; the server has not noticed yet.
+        stale: bool,
     },
     /// A row does not look as expected.
     #[error("cannot {step}: {what}")]

@@ -126,8 +126,14 @@ pub struct LogPiece {
     pub size: u64,
 }
 
-/// An attempt that this worker was running when its last daemon left, with the number of its builder.
-pub type Mine = (Job, i32);
+/// Advisory locks, two numbers each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdvisoryKeys {
+    /// First numbers.
+    pub classes: Vec<i32>,
+    /// Second numbers.
+    pub keys: Vec<i32>,
+}
 
 impl Database {
     /// Makes an attempt visible, and brings everything needed to run it. `None`: the builder is paused, or its limits
@@ -180,7 +186,7 @@ impl Database {
     ///
     /// # Errors
     /// Unknown then.
-    pub async fn mine(&self, hello: &Hello) -> Result<Vec<Mine>> {
+    pub async fn mine(&self, hello: &Hello) -> Result<Vec<Job>> {
         const STEP: &str = "look for this worker's own builds";
         let session = self.work().await?;
         let rows = answered(STEP, session.query(LOOK_MINE, &[&hello.name, &hello.folder])).await?;
@@ -200,17 +206,19 @@ impl Database {
             keep_workspace: row.get("keep_workspace"),
             dir: std::path::PathBuf::new(),
         };
-        Ok(rows.iter().map(|row| (job(row), row.get("number"))).collect())
+        Ok(rows.iter().map(job).collect())
     }
 
-    /// Counts a claim that was taken again, while its row is locked. False: the attempt is not its build's running one any more.
+    /// Counts a claim that was taken again, while its row is locked; comes back with the keys of its advisory locks, to be
+    /// [held](super::Claim::hold) again. `None`: the attempt is not its build's running one any more.
     ///
     /// # Errors
     /// Unknown then; the claim is not to be relied on.
-    pub async fn count_claim(&self, id: AttemptId) -> Result<bool> {
+    pub async fn count_claim(&self, id: AttemptId) -> Result<Option<AdvisoryKeys>> {
         const STEP: &str = "count a claim";
         let session = self.work().await?;
-        Ok(answered(STEP, session.query_opt(CLAIM_COUNT, &[&id.build.0, &id.attempt])).await?.is_some())
+        let row = answered(STEP, session.query_opt(CLAIM_COUNT, &[&id.build.0, &id.attempt])).await?;
+        Ok(row.map(|row| AdvisoryKeys { classes: row.get("classes"), keys: row.get("keys") }))
     }
 
     /// The pieces of a log that are there, in order.
@@ -303,6 +311,7 @@ impl Database {
                     &detail,
                     &started,
                     &accepting,
+                    &hello.folder,
                 ],
             ),
         )

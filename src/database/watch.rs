@@ -9,6 +9,7 @@ use tokio_postgres::{AsyncMessage, Client, Statement};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::queries::Hello;
 use super::{ConnInfo, Database, DatabaseError, Result, answered, queries};
 use crate::model::{AttemptId, BuildId, Builder, Candidate, Locks, Unlocked};
 
@@ -99,13 +100,14 @@ impl Database {
     ///
     /// # Errors
     /// No connection, or [`DatabaseError::NameInUse`].
-    pub async fn watch(&self, worker: &str, news: Arc<News>) -> Result<Watch> {
-        Watch::connect(self.info(), worker, news).await
+    pub async fn watch(&self, hello: &Hello, news: Arc<News>) -> Result<Watch> {
+        Watch::connect(self.info(), hello, news).await
     }
 }
 
 impl Watch {
-    async fn connect(info: &ConnInfo, worker: &str, news: Arc<News>) -> Result<Watch> {
+    async fn connect(info: &ConnInfo, hello: &Hello, news: Arc<News>) -> Result<Watch> {
+        let worker = hello.name.as_str();
         const STEP: &str = "listen for wakes";
         let (client, mut connection) = super::connect(info, &format!("buildreactor {worker} watch")).await?;
         let gone = CancellationToken::new();
@@ -149,10 +151,11 @@ impl Watch {
         let name = answered(STEP, watch.client.query_one(NAME, &[&NAME_LOCK_CLASS, &worker])).await?;
         if !name.get::<_, bool>(0) {
             let holder = answered(STEP, watch.client.query_opt(queries::WORKER_HOLDER, &[&worker])).await?;
+            let stale = holder.as_ref().is_some_and(|row| row.get::<_, Option<&str>>("folder") == Some(&hello.folder));
             let by = holder.map_or(String::new(), |row| {
                 format!(" by process {} on {}", row.get::<_, i32>("pid"), row.get::<_, String>("host"))
             });
-            return Err(DatabaseError::NameInUse { name: worker.to_owned(), by });
+            return Err(DatabaseError::NameInUse { name: worker.to_owned(), by, stale });
         }
         answered(STEP, watch.client.batch_execute("LISTEN build_queue; LISTEN build_control")).await?;
         Ok(watch)

@@ -136,23 +136,21 @@ pub async fn attempt(
     shared.herald.event(job.id, &job.builder, &job.worker, "running", "started");
     tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
         "build {} of {} started", job.id, job.builder);
-    Attempt::new(shared, builder.number, job, pulse, stop, Some(claim)).run(Begin::Start).await
+    Attempt::new(shared, job, pulse, stop, Some(claim)).run(Begin::Start).await
 }
 
 /// Goes on with an attempt that this worker was running when its last daemon left.
 ///
 /// # Cancel safety
 /// Not safe, as [`attempt`].
-pub async fn adopt(shared: &Shared, number: i32, job: Job, stop: Stop) -> Done {
+pub async fn adopt(shared: &Shared, job: Job, stop: Stop) -> Done {
     tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
         "build {} of {} is taken over from this worker's last daemon", job.id, job.builder);
-    Attempt::new(shared, number, job, Pulse::now(), stop, None).run(Begin::Adopt).await
+    Attempt::new(shared, job, Pulse::now(), stop, None).run(Begin::Adopt).await
 }
 
 struct Attempt<'a> {
     shared: &'a Shared,
-    /// Key of the builder's slots.
-    number: i32,
     job: Job,
     claim: Option<Claim>,
     pulse: Pulse,
@@ -180,9 +178,9 @@ enum Retaken {
 }
 
 impl<'a> Attempt<'a> {
-    fn new(shared: &'a Shared, number: i32, job: Job, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
+    fn new(shared: &'a Shared, job: Job, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
         let lease = watch::Sender::new(pulse.confirmed + shared.settings.lease);
-        Attempt { shared, number, job, claim, pulse, lease, stop }
+        Attempt { shared, job, claim, pulse, lease, stop }
     }
 
     async fn run(mut self, begin: Begin) -> Done {
@@ -344,25 +342,27 @@ impl<'a> Attempt<'a> {
         let retaken = async {
             // Over a new connection; those that died with the claim are found out by the pool.
             let mut claim = self.shared.database.claim().await?;
-            if claim.take_again(id, Some((self.number, self.job.slot))).await? {
+            if claim.take_again(id).await? {
                 return Ok(Some(claim));
             }
             claim.finish();
             Ok::<_, DatabaseError>(None)
         };
         match retaken.await {
-            Ok(Some(claim)) => {
+            Ok(Some(mut claim)) => {
                 // Counted before the lease is renewed: see `Lost`.
+                let locks = match self.shared.database.count_claim(id).await {
+                    Ok(Some(locks)) => locks,
+                    Ok(None) => return Retaken::NoLongerOurs,
+                    Err(_) => return Retaken::NotNow,
+                };
                 let pulse = Pulse::now();
-                match self.shared.database.count_claim(id).await {
-                    Ok(true) => {
-                        self.claim = Some(claim);
-                        self.confirmed(pulse);
-                        Retaken::Yes
-                    }
-                    Ok(false) => Retaken::NoLongerOurs,
-                    Err(_) => Retaken::NotNow,
+                if claim.hold(&locks).await.is_err() {
+                    return Retaken::NotNow;
                 }
+                self.claim = Some(claim);
+                self.confirmed(pulse);
+                Retaken::Yes
             }
             // Somebody holds the row, or there is none any more.
             Ok(None) => match self.shared.database.attempt_state(id).await {
@@ -450,7 +450,7 @@ impl<'a> Attempt<'a> {
 pub async fn recover(shared: &Shared, lost: &Unlocked) -> Result<Option<Recorded>, DatabaseError> {
     let (id, worker) = (lost.id, &lost.worker);
     let mut claim = shared.database.claim().await?;
-    if !claim.take_again(id, None).await? {
+    if !claim.take_again(id).await? {
         claim.finish();
         return Ok(None);
     }

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::candidates::EACH;
 use super::eligible::{matches, short_of_disk};
-use super::{AFTER_FAILURE, ASKERS, Active, Finished, NEW, Order, PROMOTE, Reactor, Stop, adopt, attempt};
+use super::{AFTER_FAILURE, ASKERS, Active, Finished, LOST, NEW, Order, PROMOTE, Reactor, Stop, adopt, attempt};
 use crate::database::DatabaseError;
 use crate::model::Builder;
 use crate::report::Chain;
@@ -93,11 +93,15 @@ impl Reactor {
                 // Its row can be locked, but not claimed: that would be refused.
                 self.candidates.remove(build.id.build);
             }
-            self.timers.lost = now + self.shared.settings.ping;
+            self.timers.lost = now + self.shared.settings.ping.min(LOST);
             let running = &self.running;
             for lost in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
                 let shared = Arc::clone(&self.shared);
                 self.tasks.spawn(async move { Finished::Recovery(lost.id, attempt::recover(&shared, &lost).await) });
+            }
+            if let Some(ripe) = self.lost.next() {
+                // Not at once for one that was ripe and could not be taken.
+                self.timers.lost = self.timers.lost.min(ripe.max(now + AFTER_FAILURE));
             }
         }
         let was_accepting = self.not_accepting.is_none();
@@ -125,13 +129,13 @@ impl Reactor {
 
     /// Takes over what this worker's last daemon left. Before anything is claimed: these builds have their slots.
     async fn adopt(&mut self) -> Result<(), DatabaseError> {
-        for (mut job, number) in self.shared.database.mine(&self.shared.hello).await? {
+        for mut job in self.shared.database.mine(&self.shared.hello).await? {
             job.dir = self.shared.folders.attempt(job.id);
             let (stop, shared) = (Stop::default(), Arc::clone(&self.shared));
             self.running.insert(job.id, Active { builder: job.builder.clone(), stop: stop.clone() });
             self.tasks.spawn(async move {
                 let builder = job.builder.clone();
-                Finished::Attempt(builder, adopt(&shared, number, job, stop).await)
+                Finished::Attempt(builder, adopt(&shared, job, stop).await)
             });
         }
         self.adopted = true;

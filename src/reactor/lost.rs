@@ -31,6 +31,12 @@ impl Lost {
         self.in_hand.retain(|known| *known != id);
     }
 
+    /// When the next one's time will be over.
+    pub fn next(&self) -> Option<Instant> {
+        let waiting = self.first_seen.iter().filter(|((id, _), _)| !self.in_hand.contains(id));
+        waiting.map(|(_, since)| *since + self.grace).min()
+    }
+
     /// Takes a look's result; comes back with those whose time is over. `mine`: attempts that this daemon runs itself.
     pub fn ripe(&mut self, unlocked: Vec<Unlocked>, mine: impl Fn(AttemptId) -> bool) -> Vec<Unlocked> {
         let now = Instant::now();

@@ -47,6 +47,8 @@ const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
 const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 /// After the database refused a claim.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// At least this often, and at each ping: which running builds nobody holds.
+const LOST: Duration = Duration::from_secs(2);
 /// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
 const ASKERS: Duration = Duration::from_millis(700);
 
@@ -230,13 +232,15 @@ impl Reactor {
                 self.forget_watch();
             }
             if self.watch.is_none() && !self.is_done() {
-                match self.shared.database.watch(&self.shared.hello.name, Arc::clone(&self.news)).await {
+                match self.shared.database.watch(&self.shared.hello, Arc::clone(&self.news)).await {
                     Ok(watch) => {
                         self.watch = Some(watch);
                         self.outage.over();
                         self.timers.everything = Instant::now();
                     }
-                    Err(error @ DatabaseError::NameInUse { .. }) if !self.said_hello => return Err(error),
+                    Err(error @ DatabaseError::NameInUse { stale: false, .. }) if !self.said_hello => {
+                        return Err(error);
+                    }
                     Err(error) => {
                         self.outage.failed(&error);
                         let delay = backoff.next().unwrap_or(Duration::from_secs(15));
