@@ -15,6 +15,7 @@ mod schedules;
 mod sql;
 mod structure;
 mod support;
+mod torture;
 mod transcripts;
 mod waiting;
 mod wakes;
