@@ -18,6 +18,7 @@ mod schedules;
 mod sql;
 mod structure;
 mod support;
+mod torture;
 mod transcripts;
 mod waiting;
 mod wakes;

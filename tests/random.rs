@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
+use crate::support::dice::Random;
 use crate::support::{Daemon, Db, processes_of, temp_dir, wait_for};
 
 /// name, `max_running`, `retry_failed`.
@@ -16,27 +17,6 @@ const BUILDERS: [(&str, i64, i64); 5] = [("b0", 1, 0), ("b1", 2, 1), ("b2", 3, 0
 const MAX_ATTEMPTS: usize = 3;
 const SESSIONS: u64 = 4;
 const KILL_EVERY: u64 = 150;
-
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn of<'a, T>(&mut self, all: &'a [T]) -> &'a T {
-        &all[usize::try_from(self.below(all.len() as u64)).unwrap()]
-    }
-}
 
 /// What the test asked of a build.
 #[derive(Default)]

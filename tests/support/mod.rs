@@ -1,5 +1,8 @@
 //! What the tests stand on: one private PostgreSQL for the run, a database for each test, real daemons, and waiting.
 
+pub mod dice;
+pub mod proxy;
+
 use std::future::Future;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

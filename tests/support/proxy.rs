@@ -1,0 +1,139 @@
+//! A TCP proxy that misbehaves on order: it cuts, resets, stalls one direction or both, refuses.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// What it does with connections. What is stalled is kept, and delivered when it is healed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mood {
+    /// Nothing passes from the client to the server, not even an end.
+    pub stall_up: bool,
+    /// Nothing passes from the server to the client.
+    pub stall_down: bool,
+    /// New connections are closed at once.
+    pub refuse: bool,
+}
+
+/// How connections are broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// FIN.
+    Close,
+    /// RST (SO_LINGER 0).
+    Reset,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Orders {
+    mood: Mood,
+    /// Connections made before are broken.
+    breaks: u64,
+    how: Break,
+}
+
+/// One proxy; gone when dropped, with its connections.
+pub struct Proxy {
+    port: u16,
+    orders: watch::Sender<Orders>,
+    acceptor: tokio::task::JoinHandle<()>,
+}
+
+impl Proxy {
+    /// On a free port of 127.0.0.1, to `server`.
+    pub async fn to(server: SocketAddr) -> Proxy {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let orders = watch::Sender::new(Orders { mood: Mood::default(), breaks: 0, how: Break::Close });
+        let heard = orders.subscribe();
+        let acceptor = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            loop {
+                while connections.try_join_next().is_some() {}
+                let Ok((client, _)) = listener.accept().await else { continue };
+                if heard.borrow().mood.refuse {
+                    client.set_zero_linger().unwrap();
+                    continue;
+                }
+                connections.spawn(pass(client, server, heard.clone()));
+            }
+        });
+        Proxy { port, orders, acceptor }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn set(&self, mood: Mood) {
+        self.orders.send_modify(|orders| orders.mood = mood);
+    }
+
+    /// Breaks every connection there is.
+    pub fn cut(&self, how: Break) {
+        self.orders.send_modify(|orders| {
+            orders.breaks += 1;
+            orders.how = how;
+        });
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.acceptor.abort();
+    }
+}
+
+async fn pass(mut client: TcpStream, server: SocketAddr, mut heard: watch::Receiver<Orders>) {
+    let breaks = heard.borrow().breaks;
+    let Ok(mut server) = TcpStream::connect(server).await else { return };
+    for stream in [&client, &server] {
+        stream.set_nodelay(true).unwrap();
+    }
+    {
+        let (client_reads, client_writes) = client.split();
+        let (server_reads, server_writes) = server.split();
+        let up = pump(client_reads, server_writes, heard.clone(), |mood| mood.stall_up);
+        let down = pump(server_reads, client_writes, heard.clone(), |mood| mood.stall_down);
+        tokio::select! {
+            _ = async { tokio::join!(up, down) } => return,
+            _ = heard.wait_for(|orders| orders.breaks != breaks) => {}
+        }
+    }
+    if heard.borrow().how == Break::Reset {
+        for stream in [&client, &server] {
+            stream.set_zero_linger().unwrap();
+        }
+    }
+}
+
+async fn pump(
+    mut from: tokio::net::tcp::ReadHalf<'_>,
+    mut to: tokio::net::tcp::WriteHalf<'_>,
+    mut heard: watch::Receiver<Orders>,
+    stalls: impl Fn(Mood) -> bool,
+) {
+    let mut buffer = vec![0; 1 << 14];
+    loop {
+        if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
+            return;
+        }
+        let n = tokio::select! {
+            read = from.read(&mut buffer) => read.unwrap_or(0),
+            _ = heard.changed() => continue,
+        };
+        // It may have been stalled meanwhile.
+        if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
+            return;
+        }
+        if n == 0 {
+            let _gone = to.shutdown().await;
+            return;
+        }
+        if to.write_all(&buffer[..n]).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! The faults, dealt from a shuffled deck so that a short run sees all of them.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use buildreactor::embedded::{Server, StopMode};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::worker::{Condition, Worker};
+use super::{GRACE, LEASE, Sql, Timeline, builds_alive, clock};
+use crate::support::dice::Random;
+use crate::support::proxy::{Break, Mood};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Kill,
+    /// kill -9 and away for longer than grace.
+    KillForLong,
+    Terminate,
+    TerminateTwice,
+    Interrupt,
+    Freeze,
+    /// Longer than the server waits for a ping, and grace after that.
+    FreezeForLong,
+    KillKeeper,
+    KillGuardian,
+    /// SIGSTOP: stuck.
+    FreezeGuardian,
+    EndClaims,
+    EndWatches,
+    EndEverything,
+    RestartFast,
+    RestartImmediate,
+    Cut,
+    Reset,
+    Stall,
+    StallUp,
+    StallDown,
+    Refuse,
+    /// The database is away for all of them.
+    Blackout,
+    /// All claims are lost for a moment; a worker that saw it is frozen, and wakes when they are lost again.
+    Ambush,
+}
+
+const DECK: [Fault; 30] = [
+    Fault::Kill,
+    Fault::Kill,
+    Fault::Kill,
+    Fault::KillForLong,
+    Fault::Terminate,
+    Fault::Terminate,
+    Fault::Terminate,
+    Fault::TerminateTwice,
+    Fault::Interrupt,
+    Fault::Freeze,
+    Fault::Freeze,
+    Fault::FreezeForLong,
+    Fault::KillKeeper,
+    Fault::KillGuardian,
+    Fault::KillGuardian,
+    Fault::FreezeGuardian,
+    Fault::EndClaims,
+    Fault::EndClaims,
+    Fault::EndWatches,
+    Fault::EndEverything,
+    Fault::RestartFast,
+    Fault::RestartImmediate,
+    Fault::Cut,
+    Fault::Reset,
+    Fault::Stall,
+    Fault::StallUp,
+    Fault::StallDown,
+    Fault::Refuse,
+    Fault::Blackout,
+    Fault::Ambush,
+];
+
+/// Something to do later.
+enum Later {
+    EndClaims,
+    Thaw(i32),
+}
+
+pub struct Torturer {
+    random: Random,
+    pub workers: Vec<Worker>,
+    pub timeline: Timeline,
+    sql: Sql,
+    server: Option<Server>,
+    restarting: Option<tokio::task::JoinHandle<Server>>,
+    deck: Vec<Fault>,
+    next: Instant,
+    later: Vec<(Instant, Later)>,
+    done: usize,
+}
+
+impl Torturer {
+    pub fn new(random: Random, server: Server, workers: Vec<Worker>) -> Torturer {
+        Torturer {
+            random,
+            workers,
+            timeline: Timeline::default(),
+            sql: Sql { url: server.url("postgres"), client: None },
+            server: Some(server),
+            restarting: None,
+            deck: Vec::new(),
+            // Something runs by then.
+            next: Instant::now() + Duration::from_secs(3),
+            later: Vec::new(),
+            done: 0,
+        }
+    }
+
+    pub fn faults(&self) -> usize {
+        self.done
+    }
+
+    pub fn supervise(&mut self) {
+        for worker in &mut self.workers {
+            worker.supervise(&mut self.timeline);
+        }
+    }
+
+    pub async fn step(&mut self) {
+        self.supervise();
+        let now = Instant::now();
+        for worker in &mut self.workers {
+            if worker.heals.is_some_and(|at| now >= at) {
+                worker.heals = None;
+                worker.proxy.set(Mood::default());
+                self.timeline.note(format!("the network of {} is well again", worker.name));
+            }
+        }
+        if self.restarting.as_ref().is_some_and(tokio::task::JoinHandle::is_finished) {
+            self.server_is_back().await;
+        }
+        let due: Vec<Later> = self.later.extract_if(.., |(at, _)| now >= *at).map(|(_, what)| what).collect();
+        for what in due {
+            self.do_later(what).await;
+        }
+        if now >= self.next {
+            self.next = now + Duration::from_millis(200 + self.random.below(1100));
+            if self.deck.is_empty() {
+                self.deck = DECK.to_vec();
+                for n in (1..self.deck.len()).rev() {
+                    let other = usize::try_from(self.random.below(n as u64 + 1)).unwrap();
+                    self.deck.swap(n, other);
+                }
+                if self.done == 0 {
+                    // Its consequences take long: early in a short run.
+                    let at = self.deck.iter().position(|fault| *fault == Fault::KillForLong).unwrap();
+                    let last = self.deck.len() - 1;
+                    self.deck.swap(at, last);
+                }
+            }
+            let fault = self.deck.pop().unwrap();
+            self.done += 1;
+            self.inflict(fault).await;
+        }
+    }
+
+    async fn server_is_back(&mut self) {
+        if let Some(restarting) = self.restarting.take() {
+            self.server = Some(restarting.await.unwrap());
+            self.timeline.note("PostgreSQL is back");
+        }
+    }
+
+    async fn do_later(&mut self, what: Later) {
+        match what {
+            Later::EndClaims => self.end("claim").await,
+            Later::Thaw(pid) => {
+                let _gone = kill(Pid::from_raw(pid), Signal::SIGCONT);
+                self.timeline.note(format!("guardian {pid} goes on"));
+            }
+        }
+    }
+
+    /// Within the lease, beyond it, or beyond grace.
+    fn spell(&mut self) -> Duration {
+        let ms = match self.random.below(10) {
+            0..5 => 50 + self.random.below(2000),
+            5..8 => LEASE.as_millis() as u64 + self.random.below(5000),
+            _ => GRACE.as_millis() as u64 + self.random.below(4000),
+        };
+        Duration::from_millis(ms)
+    }
+
+    /// Mostly soon.
+    fn away(&mut self) -> Duration {
+        if self.random.below(2) == 0 { Duration::from_millis(self.random.below(300)) } else { self.spell() }
+    }
+
+    fn any(&mut self) -> usize {
+        usize::try_from(self.random.below(self.workers.len() as u64)).unwrap()
+    }
+
+    async fn end(&mut self, which: &str) {
+        let sql = format!(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+             WHERE pid <> pg_backend_pid() AND backend_type = 'client backend' AND application_name LIKE 'buildreactor%{which}'"
+        );
+        let ended = self.sql.query(&sql).await.map(|rows| rows[0].get::<_, i64>(0));
+        self.timeline.note(format!("pg_terminate_backend of `{which}`: {ended:?}"));
+    }
+
+    fn restart(&mut self, mode: StopMode) {
+        let Some(mut server) = self.server.take() else { return };
+        self.timeline.note(format!("PostgreSQL restarts, {mode:?}"));
+        self.restarting = Some(tokio::task::spawn_blocking(move || {
+            server.restart(mode).unwrap();
+            server
+        }));
+    }
+
+    async fn inflict(&mut self, fault: Fault) {
+        // The same draws, whatever state things are in.
+        let (n, spell, away) = (self.any(), self.spell(), self.away());
+        let chance = self.random.next();
+        let up = self.workers[n].condition == Condition::Up;
+        let worker = &mut self.workers[n];
+        let name = worker.name.clone();
+        match fault {
+            Fault::Kill | Fault::KillForLong if up => {
+                let away = if fault == Fault::Kill { away } else { GRACE + Duration::from_millis(2500) };
+                worker.kill(away);
+                self.timeline.note(format!("kill -9 of {name}, back in {away:.1?}"));
+            }
+            Fault::Terminate | Fault::TerminateTwice | Fault::Interrupt if up => {
+                worker.signal(if fault == Fault::Interrupt { Signal::SIGINT } else { Signal::SIGTERM });
+                worker.condition = Condition::Leaving(away);
+                self.timeline.note(format!("{fault:?}: {name}, then away for {away:.1?}"));
+                if fault == Fault::TerminateTwice {
+                    tokio::time::sleep(Duration::from_millis(chance % 400)).await;
+                    self.workers[n].signal(Signal::SIGTERM);
+                }
+            }
+            Fault::Freeze | Fault::FreezeForLong if up => {
+                let spell = if fault == Fault::Freeze {
+                    spell
+                } else {
+                    LEASE + Duration::from_secs(10) + GRACE + Duration::from_millis(chance % 4000)
+                };
+                worker.signal(Signal::SIGSTOP);
+                worker.condition = Condition::Frozen(Instant::now() + spell);
+                self.timeline.note(format!("SIGSTOP of {name} for {spell:.1?}"));
+            }
+            Fault::KillKeeper => {
+                if let Some(keeper) = worker.keeper() {
+                    let _gone = kill(Pid::from_raw(keeper), Signal::SIGKILL);
+                    self.timeline.note(format!("kill -9 of the keeper of {name}, {keeper}"));
+                }
+            }
+            Fault::KillGuardian | Fault::FreezeGuardian => {
+                let guardians = worker.guardians();
+                if let Some(guardian) = guardians.get(usize::try_from(chance % 64).unwrap() % guardians.len().max(1)) {
+                    let signal = if fault == Fault::KillGuardian { Signal::SIGKILL } else { Signal::SIGSTOP };
+                    let _gone = kill(Pid::from_raw(*guardian), signal);
+                    if fault == Fault::FreezeGuardian {
+                        self.later.push((Instant::now() + spell, Later::Thaw(*guardian)));
+                    }
+                    self.timeline.note(format!("{signal} of guardian {guardian} of {name}"));
+                }
+            }
+            Fault::EndClaims => self.end("claim").await,
+            Fault::EndWatches => self.end("watch").await,
+            Fault::EndEverything => self.end("").await,
+            Fault::RestartFast => self.restart(StopMode::Fast),
+            Fault::RestartImmediate => self.restart(StopMode::Immediate),
+            Fault::Cut | Fault::Reset => {
+                worker.proxy.cut(if fault == Fault::Cut { Break::Close } else { Break::Reset });
+                self.timeline.note(format!("{fault:?} of all connections of {name}"));
+            }
+            Fault::Stall | Fault::StallUp | Fault::StallDown | Fault::Refuse if worker.heals.is_none() => {
+                worker.proxy.set(Mood {
+                    stall_up: matches!(fault, Fault::Stall | Fault::StallUp),
+                    stall_down: matches!(fault, Fault::Stall | Fault::StallDown),
+                    refuse: fault == Fault::Refuse,
+                });
+                if fault == Fault::Refuse {
+                    worker.proxy.cut(Break::Reset);
+                }
+                worker.heals = Some(Instant::now() + spell);
+                self.timeline.note(format!("{fault:?}: network of {name} for {spell:.1?}"));
+                // Sometimes the connections are dead when it is well again.
+                if chance.is_multiple_of(3) {
+                    worker.proxy.cut(Break::Reset);
+                }
+            }
+            Fault::Blackout => {
+                let spell = spell.min(LEASE * 2);
+                for worker in &mut self.workers {
+                    worker.proxy.set(Mood { refuse: true, ..Mood::default() });
+                    worker.proxy.cut(Break::Close);
+                    worker.heals = Some(Instant::now() + spell);
+                }
+                self.timeline.note(format!("Blackout: no network for {spell:.1?}"));
+            }
+            Fault::Ambush if up => {
+                self.end("claim").await;
+                tokio::time::sleep(Duration::from_millis(20 + chance % 500)).await;
+                let thaw = Instant::now() + GRACE + Duration::from_millis(500);
+                let worker = &mut self.workers[n];
+                worker.signal(Signal::SIGSTOP);
+                worker.condition = Condition::Frozen(thaw);
+                self.later.push((thaw - Duration::from_millis(40), Later::EndClaims));
+                self.timeline.note(format!("Ambush: SIGSTOP of {name}"));
+            }
+            // The one that was meant is down already.
+            Fault::Kill
+            | Fault::KillForLong
+            | Fault::Terminate
+            | Fault::TerminateTwice
+            | Fault::Interrupt
+            | Fault::Freeze
+            | Fault::FreezeForLong
+            | Fault::Stall
+            | Fault::StallUp
+            | Fault::StallDown
+            | Fault::Refuse
+            | Fault::Ambush => {}
+        }
+    }
+
+    /// Ends all faults.
+    pub async fn heal(&mut self) {
+        self.server_is_back().await;
+        for (_, what) in std::mem::take(&mut self.later) {
+            self.do_later(what).await;
+        }
+        for worker in &mut self.workers {
+            worker.heal();
+        }
+        self.timeline.note("everything is healed");
+    }
+
+    /// Once all builds are final: nothing of them may be left, nor of the workers once they have left.
+    pub async fn leave(&mut self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let deadline = Instant::now() + LEASE + Duration::from_secs(15);
+        while !builds_alive(&self.workers).is_empty() {
+            if Instant::now() > deadline {
+                problems.push(format!("processes of builds are left: {:#?}", builds_alive(&self.workers)));
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.supervise();
+        for worker in &mut self.workers {
+            if let Err(why) = worker.leave().await {
+                problems.push(format!("{}, told to leave: {why}", worker.name));
+            }
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for worker in &self.workers {
+            while let Some(keeper) = worker.keeper() {
+                if Instant::now() > deadline {
+                    problems.push(format!("the keeper of {}, {keeper}, is left", worker.name));
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        problems
+    }
+
+    /// Leaves everything to be looked at.
+    pub fn keep(&self, trace: &Path, seed: u64, problems: &[String]) -> PathBuf {
+        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("torture-{seed}-{}", std::process::id()));
+        std::fs::create_dir_all(&kept).unwrap();
+        std::fs::copy(trace, kept.join("trace")).unwrap();
+        for worker in &self.workers {
+            std::fs::copy(&worker.log, kept.join(worker.log.file_name().unwrap())).unwrap();
+        }
+        let timeline: Vec<String> =
+            self.timeline.0.iter().map(|(at, what)| format!("{} {what}\n", clock(*at))).collect();
+        std::fs::write(kept.join("faults"), timeline.concat()).unwrap();
+        std::fs::write(kept.join("problems"), problems.join("\n\n")).unwrap();
+        kept
+    }
+}
