@@ -7,6 +7,7 @@ use buildreactor::embedded::{Options, Server, StopMode};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::support::proxy::{Mood, Proxy, When};
 use crate::support::{Daemon, Db, SOON, connect, processes_of, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
@@ -250,6 +251,50 @@ async fn a_restart_of_the_database_costs_no_build_its_attempt() {
 }
 
 #[tokio::test]
+async fn a_commit_in_doubt_is_found_out_about_and_recorded_once() {
+    let own = Own::start().await;
+    let server = own.server.as_ref().unwrap();
+    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let url = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", proxy.port());
+    let folder = temp_dir();
+    let mut daemon = Daemon::start_at(&url, "w", &[HOUR]).await;
+    for when in [When::BeforeTheServer, When::BeforeTheAnswer] {
+        let trace = folder.path().join(format!("{when:?}"));
+        own.ask(&format!(
+            "INSERT INTO builders (name, script) VALUES ('{when:?}', $x$echo run >> '{}'; exit 3$x$)",
+            trace.display()
+        ))
+        .await;
+        proxy.set(Mood { trap: Some(when), ..Mood::default() });
+        own.ask(&format!("INSERT INTO build_queue (builder) VALUES ('{when:?}')")).await;
+        match when {
+            // Each try is cut off, until the proxy lets it pass.
+            When::BeforeTheServer => {
+                daemon.says("cannot record the result of build").await;
+                assert_eq!(
+                    own.ask(&format!("SELECT state::text FROM builds WHERE builder = '{when:?}'")).await,
+                    "running"
+                );
+            }
+            When::BeforeTheAnswer => daemon.says("is already recorded, or no longer ours").await,
+        }
+        proxy.set(Mood::default());
+        own.wait(
+            &format!("SELECT concat_ws(' ', state, attempt, exit_code) FROM builds WHERE builder = '{when:?}'"),
+            "failed 1 3",
+        )
+        .await;
+        assert_eq!(own.ask("SELECT count(*)::text FROM build_queue").await, "0");
+        assert_eq!(std::fs::read_to_string(&trace).unwrap(), "run\n", "it ran once");
+    }
+    assert_eq!(
+        own.ask("SELECT string_agg(attempt || ' ' || state, ',') FROM build_attempts").await,
+        "1 failed,1 failed"
+    );
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test]
 async fn a_result_that_cannot_be_recorded_is_kept_for_the_next_daemon() {
     let mut own = Own::start().await;
     let folder = temp_dir();
@@ -399,7 +444,7 @@ impl Own {
     }
 
     async fn start_again(&mut self) {
-        let options = Options { dir: Some(self.dir.clone()), ..Options::default() };
+        let options = Options { dir: Some(self.dir.clone()), tcp_port: Some(0), ..Options::default() };
         self.server = Some(tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap());
     }
 

@@ -15,6 +15,15 @@ pub struct Mood {
     pub stall_down: bool,
     /// New connections are closed at once.
     pub refuse: bool,
+    /// Closes the next connection that commits a result, before the server gets to hear of it, or before the client gets its answer.
+    pub trap: Option<When>,
+}
+
+/// When a COMMIT is cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    BeforeTheServer,
+    BeforeTheAnswer,
 }
 
 /// How connections are broken.
@@ -95,10 +104,10 @@ async fn pass(mut client: TcpStream, server: SocketAddr, mut heard: watch::Recei
     {
         let (client_reads, client_writes) = client.split();
         let (server_reads, server_writes) = server.split();
-        let up = pump(client_reads, server_writes, heard.clone(), |mood| mood.stall_up);
-        let down = pump(server_reads, client_writes, heard.clone(), |mood| mood.stall_down);
+        let up = pump(client_reads, server_writes, heard.clone(), |mood| mood.stall_up, true);
+        let down = pump(server_reads, client_writes, heard.clone(), |mood| mood.stall_down, false);
         tokio::select! {
-            _ = async { tokio::join!(up, down) } => return,
+            _ = async { let up = async { if up.await { Err(()) } else { Ok(()) } }; tokio::try_join!(up, async { down.await; Ok(()) }) } => return,
             _ = heard.wait_for(|orders| orders.breaks != breaks) => {}
         }
     }
@@ -109,16 +118,20 @@ async fn pass(mut client: TcpStream, server: SocketAddr, mut heard: watch::Recei
     }
 }
 
+/// True: the trap has sprung.
 async fn pump(
     mut from: tokio::net::tcp::ReadHalf<'_>,
     mut to: tokio::net::tcp::WriteHalf<'_>,
     mut heard: watch::Receiver<Orders>,
     stalls: impl Fn(Mood) -> bool,
-) {
+    watched: bool,
+) -> bool {
     let mut buffer = vec![0; 1 << 14];
+    let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+    let mut results = false;
     loop {
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
-            return;
+            return false;
         }
         let n = tokio::select! {
             read = from.read(&mut buffer) => read.unwrap_or(0),
@@ -126,14 +139,22 @@ async fn pump(
         };
         // It may have been stalled meanwhile.
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
-            return;
+            return false;
         }
         if n == 0 {
             let _gone = to.shutdown().await;
-            return;
+            return false;
+        }
+        results |= watched && has(&buffer[..n], "SAVEPOINT result");
+        let trap = if results && has(&buffer[..n], "COMMIT\0") { heard.borrow().mood.trap } else { None };
+        if trap == Some(When::BeforeTheServer) {
+            return true;
         }
         if to.write_all(&buffer[..n]).await.is_err() {
-            return;
+            return false;
+        }
+        if trap.is_some() {
+            return true;
         }
     }
 }

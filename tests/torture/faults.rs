@@ -278,6 +278,7 @@ impl Torturer {
                     stall_up: matches!(fault, Fault::Stall | Fault::StallUp),
                     stall_down: matches!(fault, Fault::Stall | Fault::StallDown),
                     refuse: fault == Fault::Refuse,
+                    ..Mood::default()
                 });
                 if fault == Fault::Refuse {
                     worker.proxy.cut(Break::Reset);
