@@ -340,3 +340,58 @@ async fn everything_may_live_in_a_schema_of_its_own() {
     db.execute("INSERT INTO farm.builders (name, script) VALUES ('x', 'true'); INSERT INTO farm.build_queue (builder) VALUES ('x')").await;
     assert_eq!(db.one::<String>("SELECT state::text FROM farm.builds").await, "queued");
 }
+
+/// Takes the last migration back, as if an older program had been here.
+const BEFORE_V5: &str = "ALTER TABLE build_attempts DROP COLUMN claims, DROP COLUMN folder, DROP COLUMN builder;
+    ALTER TABLE workers DROP COLUMN folder; ALTER TABLE build_log DROP COLUMN position, DROP COLUMN left_out;
+    DELETE FROM build_schema_history WHERE version = 5";
+
+/// Inserts until `done`; comes back with how many, and the longest that one took.
+async fn inserts(db: &Db, done: impl Fn() -> bool) -> (usize, std::time::Duration) {
+    let session = db.session().await;
+    let (mut times, mut longest) = (0, std::time::Duration::ZERO);
+    while !done() {
+        let began = std::time::Instant::now();
+        session.batch_execute("INSERT INTO build_queue (builder) VALUES ('b')").await.unwrap();
+        (times, longest) = (times + 1, longest.max(began.elapsed()));
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    (times, longest)
+}
+
+#[tokio::test]
+async fn a_migration_waits_for_no_build_and_keeps_nobody_from_inserting() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    db.enqueue("b").await;
+    // What a claim holds while its build runs.
+    let claim = db.session().await;
+    claim.batch_execute("BEGIN; SELECT FROM build_queue WHERE build_id = 1 FOR UPDATE").await.unwrap();
+    db.execute(BEFORE_V5).await;
+    let migrate =
+        |url: String| tokio::task::spawn_blocking(move || buildreactor(&["migrate", "--database", &url], &[]));
+    let migrating = migrate(db.url());
+    let (times, longest) = inserts(&db, || migrating.is_finished()).await;
+    let output = migrating.await.unwrap();
+    assert!(output.status.success() && text(&output.stdout).contains("applied V5__leases"), "{output:?}");
+    println!("{times} inserts meanwhile, the longest {longest:?}");
+    assert!(longest < std::time::Duration::from_secs(3), "{longest:?}");
+
+    // Somebody's long transaction is in the way.
+    db.execute(BEFORE_V5).await;
+    claim.batch_execute("SELECT FROM build_log").await.unwrap();
+    let migrating = migrate(db.url());
+    let (times, longest) = inserts(&db, || migrating.is_finished()).await;
+    let output = migrating.await.unwrap();
+    assert_eq!(output.status.code(), Some(75), "{output:?}");
+    let told = text(&output.stderr);
+    assert!(
+        told.contains("another transaction holds a lock that the migration needs")
+            && told.contains("drain the workers"),
+        "{told}"
+    );
+    println!("{times} inserts meanwhile, the longest {longest:?}: {told}");
+    assert!(times > 20 && longest < std::time::Duration::from_secs(5), "{times} {longest:?}");
+    claim.batch_execute("COMMIT").await.unwrap();
+    assert!(migrate(db.url()).await.unwrap().status.success());
+}

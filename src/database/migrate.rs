@@ -152,7 +152,9 @@ pub async fn migrate(info: &ConnInfo) -> std::result::Result<Report, MigrateErro
                 break;
             }
             Err(error) if is_lock_timeout(&error) && tried < LOCK_TRIES => {
-                tracing::info!("waiting for a lock that another transaction holds");
+                if tried == 1 {
+                    tracing::info!("waiting for a lock that another transaction holds: {}", holders(&client).await);
+                }
             }
             Err(error) if is_lock_timeout(&error) => {
                 return Err(MigrateError::Locked { holder: holders(&client).await });
@@ -216,9 +218,11 @@ async fn api_hash(client: &Client) -> Result<String> {
 }
 
 async fn holders(client: &Client) -> String {
-    const SQL: &str = "SELECT string_agg(DISTINCT format('process %s, %s, in %s', l.pid, coalesce(nullif(a.application_name, ''), a.usename, 'unknown'), l.relation::regclass), '; ') \
-        FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
-        WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid() AND l.relation::regclass::text ~ '^(build|worker)'";
+    const SQL: &str = "SELECT string_agg(format('process %s, %s, in %s', pid, who, tables), '; ' ORDER BY pid) FROM ( \
+        SELECT l.pid, coalesce(nullif(a.application_name, ''), a.usename, 'unknown') AS who, string_agg(DISTINCT c.relname, ' and ') AS tables \
+        FROM pg_locks l JOIN pg_class c ON c.oid = l.relation AND c.relkind = 'r' LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
+        WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid() AND c.relnamespace = current_schema()::regnamespace \
+        GROUP BY 1, 2) held";
     match answered("look for locks", client.query_one(SQL, &[])).await {
         Ok(row) => row.get::<_, Option<String>>(0).unwrap_or_else(|| "it has ended meanwhile".to_owned()),
         Err(error) => crate::report::Chain(&error).to_string(),

@@ -462,8 +462,10 @@ impl Reactor {
             Done::Left(id) => drop(self.running.remove(&id)),
             Done::Ended(id, recorded) => {
                 self.running.remove(&id);
-                if let Some(recorded) = &recorded {
-                    self.plan_retry(recorded);
+                match &recorded {
+                    Some(recorded) => self.plan_retry(recorded),
+                    // Recorded in a COMMIT that was in doubt, or by others: perhaps it is to be tried again.
+                    None => self.look_again_within(AFTER_FAILURE),
                 }
                 self.blocked.remove(builder);
                 // It may have held what these wait for.
