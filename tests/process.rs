@@ -239,6 +239,33 @@ async fn a_tree_of_any_shape_dies_with_its_daemon_its_keeper_or_its_guardian() {
     wait_for("no process left", || async { processes_of(&state).is_empty() }).await;
 }
 
+#[tokio::test]
+async fn builds_beside_one_whose_guardian_is_killed_lose_no_process() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    // Always forking. A child that is killed by somebody is a failure.
+    let busy = format!("while [ ! -e {} ]; do /bin/true || exit 9; done", gate.display());
+    db.builder("busy", &busy).await;
+    db.builder("victim", "sleep 600").await;
+    db.execute("UPDATE builders SET max_attempts = 1").await;
+    let daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let bystander = db.enqueue("busy").await;
+    db.wait("SELECT claim_held FROM running_builds").await;
+    let guardians = || below(daemon.pid()).into_iter().filter(|pid| name_of(*pid) == "br-guardian").collect::<Vec<_>>();
+    let spared = guardians();
+    for _ in 0..20 {
+        let id = db.enqueue("victim").await;
+        wait_for("its guardian", || async { guardians().len() == 2 }).await;
+        for pid in guardians().into_iter().filter(|pid| !spared.contains(pid)) {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        assert_eq!(db.finished(id).await, "error");
+    }
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(bystander).await, "passed");
+}
+
 /// All descendants of a process.
 pub fn below(root: i32) -> Vec<i32> {
     let mut found = vec![root];

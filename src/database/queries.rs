@@ -90,6 +90,15 @@ pub struct Heard {
     pub drain: bool,
 }
 
+/// When a piece of a log survives a crash of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durable {
+    /// When it is written: more follows, which must not stand behind a gap.
+    AtOnce,
+    /// With the COMMIT of the result that follows; one flush for both.
+    WithResult,
+}
+
 /// A piece of a log to write, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LogChange {
@@ -252,18 +261,22 @@ impl Database {
         Ok(row.map(|row| (row.get("state"), row.get("current"))))
     }
 
-    /// Writes to a log. `synchronous_commit` is off for it: the COMMIT of the result, later on, makes it durable, and until
-    /// then the file on the worker has it.
+    /// Writes to a log.
     ///
     /// # Errors
     /// None of the changes was written.
-    pub async fn write_log(&self, id: AttemptId, changes: &[LogChange]) -> Result<()> {
+    pub async fn write_log(&self, id: AttemptId, changes: &[LogChange], durable: Durable) -> Result<()> {
         const STEP: &str = "write the log of a build";
         let mut session = self.work().await?;
         let put = answered(STEP, session.prepare_cached(LOG_INSERT)).await?;
         let delete = answered(STEP, session.prepare_cached(LOG_DELETE)).await?;
         let transaction = answered(STEP, session.transaction()).await?;
-        answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
+        match durable {
+            Durable::AtOnce => {}
+            Durable::WithResult => {
+                answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
+            }
+        }
         for change in changes {
             match change {
                 LogChange::Put { seq, content, position, left_out } => {

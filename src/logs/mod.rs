@@ -12,12 +12,13 @@ use tokio_util::sync::CancellationToken;
 
 use self::pieces::Pieces;
 use crate::database::Database;
+use crate::database::queries::Durable;
 use crate::model::AttemptId;
 
 /// How often new output is looked for: with the write itself well within the second that people are promised.
 const PERIOD: Duration = Duration::from_millis(300);
 
-/// How long the end of a log may hold up its result; what is not in the database then is in the file on the worker.
+/// How long the end of a log may hold up its result; the rest may follow it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Which log, and how much of it.
@@ -31,15 +32,24 @@ pub struct Source {
     pub limit: u64,
     /// The worker's name, for the marker.
     pub worker: String,
-    /// An earlier daemon has written some of it.
+    /// Some of it may have been written before: by an earlier daemon, or before a crash of the server.
     pub resume: bool,
 }
 
-/// Copies the log until `ended`, then its rest. Problems are logged, and tried again with the next piece.
+/// What has become of a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shipped {
+    /// All that the limit allows is written.
+    Whole,
+    /// Something is missing at its end.
+    InPart,
+}
+
+/// Copies the log until `ended`, then its rest, for 10 s at most. Problems are logged, and tried again with the next piece.
 ///
 /// # Cancel safety
 /// Safe: each write is a transaction, and the next daemon goes on where it ended; what is missing then stays in the file alone.
-pub async fn ship(database: Database, source: Source, ended: CancellationToken) {
+pub async fn ship(database: Database, source: Source, ended: CancellationToken) -> Shipped {
     let rest = format!("{}/log on worker {}", source.dir.display(), source.worker);
     // Known with the first look that succeeds.
     let mut pieces = (!source.resume).then(|| Pieces::new(source.limit, rest.clone()));
@@ -59,7 +69,7 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
             None => round.await,
         };
         match result {
-            Ok(()) if last => return,
+            Ok(()) if last => return Shipped::Whole,
             Ok(()) => warned = false,
             Err(error) => {
                 if !warned {
@@ -68,7 +78,7 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
                     warned = true;
                 }
                 if deadline.is_some_and(|at| Instant::now() >= at) {
-                    return;
+                    return Shipped::InPart;
                 }
                 // The rest of a log is tried again soon, within its deadline.
                 tokio::time::sleep(PERIOD).await;
@@ -101,7 +111,8 @@ async fn round(
     .await?;
     let changes = changes?;
     if !changes.is_empty() {
-        database.write_log(source.id, &changes).await.map_err(told)?;
+        let durable = if last { Durable::WithResult } else { Durable::AtOnce };
+        database.write_log(source.id, &changes, durable).await.map_err(told)?;
     }
     *pieces = Some(next);
     Ok(())

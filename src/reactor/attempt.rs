@@ -12,7 +12,7 @@ use super::Shared;
 use crate::database::claim::Pulse;
 use crate::database::{Claim, DatabaseError, Tried};
 use crate::executor::{Begin, Tether};
-use crate::logs;
+use crate::logs::{self, Shipped};
 use crate::model::{AttemptId, BuildId, Builder, Ended, Job, Outcome, Recorded, Unlocked};
 use crate::report::Chain;
 
@@ -157,6 +157,8 @@ struct Attempt<'a> {
     /// Tells the executor of each confirmation.
     lease: watch::Sender<Duration>,
     stop: Stop,
+    /// The database failed before the result was recorded: the end of the log may have gone with it.
+    log_in_doubt: bool,
 }
 
 /// A wait that doubles, up to 15 s.
@@ -180,7 +182,7 @@ enum Retaken {
 impl<'a> Attempt<'a> {
     fn new(shared: &'a Shared, job: Job, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
         let lease = watch::Sender::new(pulse.confirmed + shared.settings.lease);
-        Attempt { shared, job, claim, pulse, lease, stop }
+        Attempt { shared, job, claim, pulse, lease, stop, log_in_doubt: false }
     }
 
     async fn run(mut self, begin: Begin) -> Done {
@@ -194,7 +196,7 @@ impl<'a> Attempt<'a> {
             worker: self.job.worker.clone(),
             resume: begin == Begin::Adopt,
         };
-        let shipper = crate::tasks::spawn(logs::ship(self.shared.database.clone(), source, log_ended.clone()));
+        let shipper = crate::tasks::spawn(logs::ship(self.shared.database.clone(), source.clone(), log_ended.clone()));
         let Some(mut ended) = self.execute(begin).await else {
             // Dropping the claim lets go of the row, and the shipper leaves off where its last transaction did.
             tracing::info!(build.id = %id.build, build.attempt = id.attempt,
@@ -202,8 +204,12 @@ impl<'a> Attempt<'a> {
             return Done::Left(id);
         };
         log_ended.cancel();
-        if let Err(error) = shipper.await {
-            tracing::error!(build.id = %id.build, "the log of build {id} was not written to its end: {error}");
+        match shipper.await {
+            Ok(Shipped::Whole) => {}
+            Ok(Shipped::InPart) => self.log_in_doubt = true,
+            Err(error) => {
+                tracing::error!(build.id = %id.build, "the log of build {id} was not written to its end: {error}")
+            }
         }
         if let (Outcome::Lost, Some(reason)) = (ended.outcome, self.stop.cancelled.get()) {
             let detail = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
@@ -217,9 +223,17 @@ impl<'a> Attempt<'a> {
         }
         let recorded = self.record(&ended).await;
         self.tell(&ended, recorded.as_ref(), started.elapsed());
-        let dir = self.job.dir.clone();
-        self.shared.tidying.spawn_blocking(move || {
-            if let Err(error) = crate::executor::process::tidy(&dir) {
+        let database = self.shared.database.clone();
+        let log_in_doubt = self.log_in_doubt;
+        self.shared.tidying.spawn(async move {
+            let dir = source.dir.clone();
+            if log_in_doubt {
+                // Now that the database is back. What is missing after this too was complained of.
+                let source = logs::Source { resume: true, ..source };
+                let _rest = logs::ship(database, source, log_ended).await;
+            }
+            let tidied = tokio::task::spawn_blocking(move || (crate::executor::process::tidy(&dir), dir)).await;
+            if let Ok((Err(error), dir)) = tidied {
                 tracing::warn!("cannot tidy `{}`: {error}", dir.display());
             }
         });
@@ -387,6 +401,7 @@ impl<'a> Attempt<'a> {
                 return None;
             }
             if self.claim.is_none() {
+                self.log_in_doubt = true;
                 match self.retake().await {
                     Retaken::Yes => {}
                     Retaken::NoLongerOurs => {
@@ -417,6 +432,7 @@ impl<'a> Attempt<'a> {
                         warned = true;
                     }
                     drop(claim);
+                    self.log_in_doubt = true;
                     pause.wait().await;
                 }
             }

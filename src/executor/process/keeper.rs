@@ -29,7 +29,7 @@ use super::fork::fork_single_threaded;
 use super::guardian::{KILL_NOW, LEASE_OVER, STOP, guard, leave_status};
 use super::namespace;
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
-use super::tree::descendants;
+use super::tree::descendants_beside;
 use crate::clock::boottime;
 
 /// Name of the lock file in the worker's folder; it holds the keeper's process id.
@@ -332,12 +332,7 @@ impl Keeper {
     fn kill_orphans(&self) {
         let mine: Vec<Pid> = self.guardians.keys().copied().collect();
         for _ in 0..ROUNDS {
-            let mut spared = Vec::new();
-            for guardian in &mine {
-                spared.push(*guardian);
-                spared.extend(descendants(*guardian));
-            }
-            let orphans: Vec<Pid> = descendants(getpid()).into_iter().filter(|pid| !spared.contains(pid)).collect();
+            let orphans = descendants_beside(getpid(), &mine);
             if orphans.is_empty() {
                 return;
             }

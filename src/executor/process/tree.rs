@@ -8,6 +8,12 @@ use nix::unistd::Pid;
 /// All living descendants of `root` (without itself), parents before children. As `root` is a subreaper, a process that
 /// double-forked, called setsid or was orphaned still descends from it.
 pub fn descendants(root: Pid) -> Vec<Pid> {
+    descendants_beside(root, &[])
+}
+
+/// As [`descendants`], without `spared` and what is below them. One look at the processes decides, never two: a process that was
+/// forked between them would be taken for one that is not below `spared`.
+pub fn descendants_beside(root: Pid, spared: &[Pid]) -> Vec<Pid> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     for entry in entries.flatten() {
@@ -20,8 +26,11 @@ pub fn descendants(root: Pid) -> Vec<Pid> {
     let mut next = vec![root.as_raw()];
     while let Some(pid) = next.pop() {
         for child in children.remove(&pid).unwrap_or_default() {
-            found.push(Pid::from_raw(child));
-            next.push(child);
+            let pid = Pid::from_raw(child);
+            if !spared.contains(&pid) {
+                found.push(pid);
+                next.push(child);
+            }
         }
     }
     found
