@@ -359,11 +359,11 @@ impl Stage {
         }
     }
 
-    /// Stops the worker and waits for it. Comes back with its log.
+    /// Stops the worker and its builds, and waits for it. Comes back with its log.
     async fn stop_worker(&mut self) -> String {
         if let Some(mut worker) = self.worker.take() {
             if let Some(pid) = worker.id().and_then(|id| i32::try_from(id).ok())
-                && let Err(error) = kill(Pid::from_raw(pid), Signal::SIGTERM)
+                && let Err(error) = kill(Pid::from_raw(pid), Signal::SIGINT)
             {
                 tracing::warn!("could not stop the worker (process {pid}): {error}");
             }

@@ -49,7 +49,7 @@ BUILDREACTOR_LOG sets how much the daemon logs: error, warn, info (default), deb
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run builds: a worker, until SIGTERM or SIGINT (running builds are given back to the queue); SIGUSR1 finishes them first
+    /// Run builds: a worker, until SIGTERM (what runs goes on, for its next start), SIGINT (what runs is stopped and given back to the queue) or SIGUSR1 (what runs is finished first)
     Run(run::Arguments),
     /// Create or upgrade the tables, views and functions in the database; safe to run twice, and while builds run
     Migrate,
