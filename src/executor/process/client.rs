@@ -124,13 +124,15 @@ impl KeeperClient {
     ///
     /// # Cancel safety
     /// Dropped, the attempt goes on until the end of its lease.
-    pub async fn run(&self, spec: Spec, tether: &Tether) -> io::Result<Status> {
+    pub async fn run(&self, mut spec: Spec, tether: &Tether) -> io::Result<Status> {
         let (id, dir) = (spec.id.clone(), spec.dir.clone());
         let (send, receive) = oneshot::channel();
         {
             let mut live = self.live.lock().await;
             let keeper = self.ready(&mut live).await?;
             lock(&keeper.attempts).insert(id.clone(), Known::Awaited(send));
+            // As it is now: the preparations may have taken long.
+            spec.until_ms = super::millis(*tether.lease.borrow());
             if let Err(error) = say(&mut keeper.orders, &ToKeeper::Start(Box::new(spec))).await {
                 lock(&keeper.attempts).remove(&id);
                 return Err(error);

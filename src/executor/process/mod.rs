@@ -80,10 +80,8 @@ impl ProcessExecutor {
             }
             Begin::Start => {
                 let (for_files, settings) = (job.clone(), self.settings.clone());
-                let until_ms = millis(*tether.lease.borrow());
-                let prepared = tokio::task::spawn_blocking(move || prepare(&for_files, &settings, until_ms))
-                    .await
-                    .map_err(io::Error::other);
+                let prepared =
+                    tokio::task::spawn_blocking(move || prepare(&for_files, &settings)).await.map_err(io::Error::other);
                 match prepared.and_then(|result| result) {
                     Ok(spec) => self.keeper.run(spec, &tether).await,
                     Err(error) => {
@@ -118,7 +116,7 @@ impl Executor for ProcessExecutor {
 }
 
 /// Makes the attempt's folder: the script, `build.json`, the working directory.
-fn prepare(job: &Job, settings: &Settings, until_ms: u64) -> io::Result<Spec> {
+fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
     let named = |what: &str, path: &Path| {
         let text = format!("{what} `{}`", path.display());
         move |error: io::Error| io::Error::new(error.kind(), format!("{text}: {error}"))
@@ -155,7 +153,8 @@ fn prepare(job: &Job, settings: &Settings, until_ms: u64) -> io::Result<Spec> {
         silence_ms: job.silence_timeout.map(millis),
         kill_after_ms: millis(KILL_AFTER),
         file_limit: settings.file_limit,
-        until_ms,
+        // Filled in when it is started.
+        until_ms: 0,
         namespace: settings.pid_namespace,
     })
 }

@@ -14,6 +14,13 @@ pub fn descendants(root: Pid) -> Vec<Pid> {
 /// As [`descendants`], without `spared` and what is below them. One look at the processes decides, never two: a process that was
 /// forked between them would be taken for one that is not below `spared`.
 pub fn descendants_beside(root: Pid, spared: &[Pid]) -> Vec<Pid> {
+    // On a machine full of processes reading them all takes longer than a process of a fork bomb lives. What the kernel lists as children
+    // may lack some when others end meanwhile (proc(5)), so an empty answer is not believed.
+    let found = walk(root, spared, |pid| children_of(pid).unwrap_or_default());
+    if found.is_empty() { all_beside(root, spared) } else { found }
+}
+
+fn all_beside(root: Pid, spared: &[Pid]) -> Vec<Pid> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     for entry in entries.flatten() {
@@ -22,10 +29,14 @@ pub fn descendants_beside(root: Pid, spared: &[Pid]) -> Vec<Pid> {
             children.entry(parent).or_default().push(pid);
         }
     }
+    walk(root, spared, |pid| children.remove(&pid).unwrap_or_default())
+}
+
+fn walk(root: Pid, spared: &[Pid], mut children: impl FnMut(i32) -> Vec<i32>) -> Vec<Pid> {
     let mut found = Vec::new();
     let mut next = vec![root.as_raw()];
     while let Some(pid) = next.pop() {
-        for child in children.remove(&pid).unwrap_or_default() {
+        for child in children(pid) {
             let pid = Pid::from_raw(child);
             if !spared.contains(&pid) {
                 found.push(pid);
@@ -34,6 +45,16 @@ pub fn descendants_beside(root: Pid, spared: &[Pid]) -> Vec<Pid> {
         }
     }
     found
+}
+
+/// Children of all threads of a process, where the kernel lists them (CONFIG_PROC_CHILDREN).
+fn children_of(pid: i32) -> Option<Vec<i32>> {
+    let mut found = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        let list = std::fs::read_to_string(thread.path().join("children")).ok()?;
+        found.extend(list.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+    }
+    Some(found)
 }
 
 /// Parent of a process (proc(5), `/proc/PID/stat`: field 4, the second after the name in parentheses, which may itself
