@@ -5,12 +5,13 @@
 --
 -- Roles belong to the whole cluster. Where it has two farms, or the tables are not in schema public, name things:
 --
---     psql -d builds2 -v worker=worker2 -v submitter=submitter2 -v viewer=viewer2 -v schema=farm -f deploy/roles.sql
+--     psql -d builds2 -v worker=worker2 -v submitter=submitter2 -v viewer=viewer2 -v operator=operator2 -v schema=farm -f deploy/roles.sql
 --
 -- None of them can log in: give them to those who can.
 --
 --     CREATE ROLE buildreactor LOGIN IN ROLE build_worker;     -- the daemon; by peer authentication the user of that name
 --     CREATE ROLE alice LOGIN IN ROLE build_submitter;
+--     CREATE ROLE ann LOGIN IN ROLE build_operator;
 --     CREATE ROLE dashboard LOGIN IN ROLE build_viewer;
 --
 -- Who may change `builders` decides what runs on the workers. None of these roles may: that stays with the owner.
@@ -19,15 +20,16 @@
 \if :{?worker} \else \set worker build_worker \endif
 \if :{?submitter} \else \set submitter build_submitter \endif
 \if :{?viewer} \else \set viewer build_viewer \endif
+\if :{?operator} \else \set operator build_operator \endif
 \if :{?schema} \else \set schema public \endif
 
 BEGIN;
 
-SELECT format('CREATE ROLE %I NOLOGIN', name) FROM unnest(ARRAY[:'worker', :'submitter', :'viewer']) AS name
+SELECT format('CREATE ROLE %I NOLOGIN', name) FROM unnest(ARRAY[:'worker', :'submitter', :'viewer', :'operator']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 
-SELECT format('GRANT CONNECT ON DATABASE %I TO %I, %I, %I', current_database(), :'worker', :'submitter', :'viewer') \gexec
-GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer";
+SELECT format('GRANT CONNECT ON DATABASE %I TO %I, %I, %I, %I', current_database(), :'worker', :'submitter', :'viewer', :'operator') \gexec
+GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer", :"operator";
 SET LOCAL search_path = :"schema";
 
 -- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
@@ -41,6 +43,13 @@ GRANT :"viewer" TO :"submitter";
 GRANT INSERT ON build_queue TO :"submitter";
 -- Describe first, queue later. Only these columns: a state or a result cannot be made up.
 GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
+
+-- build_operator is a submitter who may also cancel, retry, prioritize, pause, resume and drain, by the functions alone, and change
+-- schedules. Not what a builder runs, nor results, nor the history.
+GRANT :"submitter" TO :"operator";
+GRANT EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
+    resume_builder(text), drain_worker(text) TO :"operator";
+GRANT INSERT, UPDATE, DELETE ON build_schedules TO :"operator";
 
 -- build_worker is for daemons: they claim (which needs UPDATE on the queue), record, write logs and report in.
 -- They only read builders: a worker that was broken into cannot change what the others run.

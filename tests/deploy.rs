@@ -258,7 +258,7 @@ async fn roles_allow_what_they_are_for_and_no_more() {
     }
     db.execute(
         "CREATE ROLE deploy_daemon LOGIN IN ROLE build_worker; CREATE ROLE deploy_alice LOGIN IN ROLE build_submitter;
-         CREATE ROLE deploy_board LOGIN IN ROLE build_viewer",
+         CREATE ROLE deploy_board LOGIN IN ROLE build_viewer; CREATE ROLE deploy_ann LOGIN IN ROLE build_operator",
     )
     .await;
     let unseen: Vec<String> = db
@@ -289,6 +289,8 @@ async fn roles_allow_what_they_are_for_and_no_more() {
             "INSERT INTO builders (name, script) VALUES ('mine', 'true')",
             "SELECT env FROM builders",
             "SELECT script FROM builders",
+            "SELECT cancel_build(1)",
+            "SELECT pause_builder('linux')",
         ] {
             let answer = ask_as(&db, role, refused);
             assert!(answer.contains("permission denied"), "{role}: {refused}: {answer}");
@@ -296,6 +298,34 @@ async fn roles_allow_what_they_are_for_and_no_more() {
     }
     let answer = ask_as(&db, "deploy_board", insert);
     assert!(answer.contains("permission denied for table build_queue"), "{answer}");
+
+    for (asked, answer) in [
+        ("SELECT pause_builder('linux', 'a moment')", "paused; what runs goes on"),
+        ("SELECT resume_builder('linux')", "resumed"),
+        ("SELECT prioritize_build(1, 5)", "priority 5"),
+        ("INSERT INTO build_queue (builder) VALUES ('linux') RETURNING build_id", "3"),
+        ("SELECT cancel_build(3)", "cancelled"),
+        ("SELECT retry_build(3)", "queued"),
+        ("SELECT cancel_build(3, 'after all not')", "cancelled"),
+        ("SELECT detail FROM recent_builds WHERE build_id = 3", "cancelled by deploy_ann: after all not"),
+        (
+            "INSERT INTO build_schedules (name, builder, cron) VALUES ('nightly', 'linux', '0 3 * * *') RETURNING name",
+            "nightly",
+        ),
+        ("DELETE FROM build_schedules RETURNING name", "nightly"),
+    ] {
+        assert_eq!(ask_as(&db, "deploy_ann", asked), answer, "{asked}");
+    }
+    for refused in [
+        "UPDATE builds SET state = 'passed'",
+        "UPDATE builders SET script = 'rm -rf /'",
+        "DELETE FROM builds",
+        "SELECT env FROM builders",
+        "SELECT prune_builds('0')",
+    ] {
+        let answer = ask_as(&db, "deploy_ann", refused);
+        assert!(answer.contains("permission denied"), "{refused}: {answer}");
+    }
 
     let url = url_as(&db, "deploy_daemon");
     let mut daemon = Daemon::start_at(&url, "restricted", &[]).await;
@@ -316,7 +346,19 @@ async fn roles_allow_what_they_are_for_and_no_more() {
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
 
     // The names are the operator's to choose.
-    let names = ["-q", "-v", "worker=deploy_w", "-v", "submitter=deploy_s", "-v", "viewer=deploy_v", "-f", file];
+    let names = [
+        "-q",
+        "-v",
+        "worker=deploy_w",
+        "-v",
+        "submitter=deploy_s",
+        "-v",
+        "viewer=deploy_v",
+        "-v",
+        "operator=deploy_o",
+        "-f",
+        file,
+    ];
     let output = db.psql(&names);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(db.one::<bool>("SELECT has_table_privilege('deploy_s', 'build_queue', 'INSERT') AND NOT has_table_privilege('deploy_v', 'build_queue', 'INSERT')").await);

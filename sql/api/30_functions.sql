@@ -1,7 +1,10 @@
 -- What people call to steer the queue. None of them ever waits for a running build.
+--
+-- SECURITY DEFINER, and not for everybody: who may call them needs no rights on the tables, and so cannot make up results, or change
+-- what a builder runs. deploy/roles.sql grants them to operators.
 
 CREATE OR REPLACE FUNCTION cancel_build(id bigint, reason text DEFAULT NULL) RETURNS text
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 DECLARE
     build builds;
@@ -43,7 +46,7 @@ END $$;
 COMMENT ON FUNCTION cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which.';
 
 CREATE OR REPLACE FUNCTION retry_build(id bigint) RETURNS text
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 DECLARE
     now_state build_state;
@@ -65,7 +68,7 @@ END $$;
 COMMENT ON FUNCTION retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once.';
 
 CREATE OR REPLACE FUNCTION prioritize_build(id bigint, priority integer) RETURNS text
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 DECLARE
     now_state build_state;
@@ -84,7 +87,7 @@ END $$;
 COMMENT ON FUNCTION prioritize_build(bigint, integer) IS 'Changes the priority of a build that waits.';
 
 CREATE OR REPLACE FUNCTION pause_builder(name text, reason text DEFAULT NULL) RETURNS text
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE builders r SET paused = true, paused_reason = reason WHERE r.name = $1;
@@ -96,7 +99,7 @@ END $$;
 COMMENT ON FUNCTION pause_builder(text, text) IS 'Starts no more builds of this builder; what runs goes on.';
 
 CREATE OR REPLACE FUNCTION resume_builder(name text) RETURNS text
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE builders r SET paused = false, paused_reason = NULL WHERE r.name = $1;
@@ -108,7 +111,7 @@ END $$;
 COMMENT ON FUNCTION resume_builder(text) IS 'Ends a pause.';
 
 CREATE OR REPLACE FUNCTION drain_worker(name text) RETURNS text
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE workers w SET drain_requested = true WHERE w.name = $1;
@@ -142,3 +145,6 @@ BEGIN
     RETURN gone;
 END $$;
 COMMENT ON FUNCTION prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
+
+REVOKE EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
+    resume_builder(text), drain_worker(text), prune_builds(interval) FROM PUBLIC;
