@@ -131,7 +131,8 @@ async fn section() -> (Db, Daemon) {
     let db = Db::new().await;
     db.execute(&format!(
         "DO $$ BEGIN CREATE ROLE {PERSON} LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {PERSON}"
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {PERSON};
+         GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO {PERSON}"
     ))
     .await;
     let daemon = Daemon::start(&db, WORKER, &[("BUILDREACTOR_REACTOR_POLL", "1h")]).await;
