@@ -378,7 +378,7 @@ async fn a_folder_of_another_database_is_not_taken_for_ones_own() {
     let dir = first.state.path().display().to_string();
     let _second = Daemon::start(&other, "w", &[HOUR, ("BUILDREACTOR_WORKER_STATE_DIR", &dir)]).await;
     assert_eq!(other.finished(1).await, "failed");
-    assert_eq!(attempts(&other).await, ["1 1 lost 2", "1 2 failed 5 1"]);
+    assert_eq!(attempts(&other).await, ["1 1 cancelled 2", "1 2 failed 5 1"]);
 }
 
 #[tokio::test]
@@ -420,13 +420,18 @@ async fn an_attempt_whose_worker_died_before_it_started_anything_is_tried_again_
     let started = Instant::now();
     assert_eq!(db.finished(id).await, "passed");
     assert!(started.elapsed() < Duration::from_secs(30), "not only after the 60 s of grace");
-    assert_eq!(attempts(&db).await, [format!("{id} 1 lost 2"), format!("{id} 2 passed 0 1")]);
+    assert_eq!(
+        attempts(&db).await,
+        [format!("{id} 1 cancelled 2"), format!("{id} 2 passed 0 1")],
+        "and nothing is charged"
+    );
 }
 
 /// A server of one's own, to restart.
 struct Own {
     server: Option<Server>,
     dir: std::path::PathBuf,
+    port: u16,
     url: String,
     _folder: crate::support::TempDir,
 }
@@ -436,7 +441,7 @@ impl Own {
         let folder = temp_dir();
         let dir = folder.path().join("pg");
         std::fs::create_dir_all(&dir).unwrap();
-        let mut own = Own { server: None, url: String::new(), dir, _folder: folder };
+        let mut own = Own { server: None, port: 0, url: String::new(), dir, _folder: folder };
         own.start_again().await;
         own.url = own.server.as_ref().unwrap().url("postgres");
         buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&own.url)).unwrap()).await.unwrap();
@@ -444,8 +449,11 @@ impl Own {
     }
 
     async fn start_again(&mut self) {
-        let options = Options { dir: Some(self.dir.clone()), tcp_port: Some(0), ..Options::default() };
-        self.server = Some(tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap());
+        let options = Options { dir: Some(self.dir.clone()), tcp_port: Some(self.port), ..Options::default() };
+        let server = tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap();
+        // The next one is to be found where this one was.
+        self.port = server.port();
+        self.server = Some(server);
     }
 
     async fn stop(&mut self) {

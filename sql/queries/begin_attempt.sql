@@ -43,7 +43,7 @@ WITH builder AS MATERIALIZED (
         queued_at = coalesce(b.queued_at, clock_timestamp()),
         finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL
     FROM builder
-    WHERE b.id = $1 AND b.state <> 'running' AND b.cancel_requested_at IS NULL
+    WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL
     RETURNING b.attempt, b.started_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
     INSERT INTO build_attempts (build_id, attempt, builder, worker, folder, started_at, slot, lock_units)

@@ -1,12 +1,13 @@
 -- Counts a claim that was taken again, if the attempt is still its build's running one: others who saw its row unlocked start to
 -- count `grace` anew. Runs on another connection while the queue row is locked, before the lease is renewed. Comes back with the keys of
 -- the advisory locks that belong to the claim: the builder's slot, and units of build_locks.
--- $1 bigint  build    $2 integer  attempt
+-- $1 bigint  build    $2 integer  attempt    $3 bigint  its start, microseconds since 1970
 -- Locks: the row of build_attempts. Its own state is asked too: that is what is looked at again after a wait for that lock.
 WITH counted AS (
     UPDATE build_attempts a SET claims = a.claims + 1
     FROM builds b JOIN builders r ON r.name = b.builder
-    WHERE a.build_id = $1 AND a.attempt = $2 AND a.state = 'running' AND b.id = a.build_id AND b.attempt = a.attempt AND b.state = 'running'
+    WHERE a.build_id = $1 AND a.attempt = $2 AND a.state = 'running' AND (extract(epoch FROM a.started_at) * 1000000)::bigint = $3
+      AND b.id = a.build_id AND b.attempt = a.attempt AND b.state = 'running'
     RETURNING r.number, coalesce(a.slot, 0) AS slot, a.lock_units
 ), units AS (
     SELECT -1000 - l.number AS class, split_part(u, '#', 2)::integer AS key

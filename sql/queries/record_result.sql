@@ -24,7 +24,7 @@ WITH ended AS MATERIALIZED (
            -- What we broke is tried again after 1, 2, 4, ... seconds, at most 5 minutes; a flaky build at once.
            CASE WHEN e.charged AND e.state IN ('error', 'lost') THEN least(power(2, t.broken), 300) ELSE 0 END AS delay_seconds,
            CASE
-               WHEN b.cancel_requested_at IS NOT NULL AND e.state NOT IN ('passed', 'failed', 'timed_out', 'cancelled')
+               WHEN b.cancel_requested_at IS NOT NULL AND (NOT e.charged OR e.state NOT IN ('passed', 'failed', 'timed_out', 'cancelled'))
                    THEN concat_ws(': ', 'cancelled', nullif(b.cancel_reason, ''))
                WHEN NOT e.charged OR e.state = 'cancelled' THEN e.detail
                WHEN e.state = 'lost' THEN concat_ws(': ', format('attempt %s of %s lost', t.broken + 1, r.max_attempts), e.detail)

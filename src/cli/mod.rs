@@ -121,6 +121,21 @@ fn conninfo(config: &Config) -> anyhow::Result<ConnInfo> {
     Ok(ConnInfo::from_env(config.database.url.as_deref())?)
 }
 
+/// Whether a trouble with the state folder may be over later without anybody changing the configuration.
+fn is_passing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    !matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::NotADirectory
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::InvalidInput
+            | ErrorKind::AlreadyExists
+            | ErrorKind::Unsupported
+    )
+}
+
 /// Which exit code says what kind of error this is.
 fn exit_code(error: &anyhow::Error) -> u8 {
     if error.is::<config::ConfigErrors>() || error.is::<crate::database::conninfo::ConnInfoError>() {
@@ -130,6 +145,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         use crate::daemon::DaemonError;
         return match error {
             DaemonError::Database(error) => database_exit_code(error),
+            // Somebody else's lock, a full disk: a supervisor should try again.
+            DaemonError::Folder { source, .. } if is_passing(source) => exit::TEMPFAIL,
             DaemonError::Schema(_) | DaemonError::Folder { .. } => exit::CONFIG,
             DaemonError::Signals(_) => exit::SOFTWARE,
         };

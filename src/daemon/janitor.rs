@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use crate::executor::process::RECORDED;
+
 /// Between two rounds.
 const PERIOD: Duration = Duration::from_secs(3600);
 
@@ -27,7 +29,8 @@ fn sweep(attempts: &Path, keep: Duration) -> std::io::Result<usize> {
     let mut removed = 0;
     for entry in std::fs::read_dir(attempts)? {
         let folder = entry?.path();
-        let status = std::fs::metadata(folder.join("status.json"));
+        // What has ended and is not recorded yet waits for its database.
+        let status = std::fs::metadata(folder.join(RECORDED));
         let keep = if status.is_ok() { keep } else { keep.max(LONGEST) };
         let Ok(changed) = status.or_else(|_| std::fs::metadata(&folder)).and_then(|found| found.modified()) else {
             continue;
@@ -54,10 +57,10 @@ mod tests {
             std::fs::create_dir_all(root.join(name)).unwrap();
         }
         for name in ["1.1", "2.1"] {
-            std::fs::write(root.join(name).join("status.json"), "{}").unwrap();
+            std::fs::write(root.join(name).join(RECORDED), "{}").unwrap();
         }
         let old = SystemTime::now() - Duration::from_secs(7200);
-        std::fs::File::open(root.join("1.1/status.json")).unwrap().set_modified(old).unwrap();
+        std::fs::File::open(root.join("1.1").join(RECORDED)).unwrap().set_modified(old).unwrap();
         assert_eq!(sweep(&root, Duration::from_secs(3600)).unwrap(), 1);
         assert!(!root.join("1.1").exists() && root.join("2.1").exists() && root.join("3.1").exists());
         std::fs::remove_dir_all(root).unwrap();

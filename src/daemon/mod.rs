@@ -196,10 +196,10 @@ fn listen_to_signals(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let mut drain = signal(SignalKind::user_defined1()).map_err(DaemonError::Signals)?;
     Ok(crate::tasks::spawn(async move {
-        let mut leave_at = None;
+        let (mut leave_at, mut stopping) = (None, false);
         loop {
             let order = tokio::select! {
-                _ = terminate.recv() => if leave_at.is_some() { Order::Stop } else { Order::Leave },
+                _ = terminate.recv() => if leave_at.is_some() || stopping { Order::Stop } else { Order::Leave },
                 _ = interrupt.recv() => Order::Stop,
                 _ = drain.recv() => Order::Drain,
                 () = tokio::time::sleep_until(leave_at.unwrap_or_else(Instant::now)), if leave_at.is_some() => {
@@ -207,7 +207,12 @@ fn listen_to_signals(
                     std::future::pending().await
                 }
             };
-            leave_at = (order == Order::Leave).then(|| Instant::now() + SECOND_THOUGHT);
+            match order {
+                Order::Leave => leave_at = Some(Instant::now() + SECOND_THOUGHT),
+                Order::Stop => (leave_at, stopping) = (None, true),
+                // To drain is less than to leave.
+                Order::Drain => {}
+            }
             if orders.send(order).is_err() {
                 break;
             }

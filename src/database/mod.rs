@@ -41,11 +41,12 @@ pub const WORK_CONNECTIONS: u32 = 4;
 /// Settings of sessions that run short statements. The keepalives are the server's side: a dead daemon's session ends, and with
 /// it the lock on the worker's name, after some 11 s. `buildreactor.session` tells the triggers that this is no person.
 /// `enable_seqscan`: with a long claim open the queue is mostly dead rows, its statistics mean little, and a sequential
-/// scan would read them all. `jit`: with such estimates short statements would be compiled for longer than they run.
+/// scan would read them all. `synchronous_commit`: an attempt that was forgotten in a crash of the server would run twice. `jit`: with such estimates short statements would be compiled for longer than they run.
 const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
     SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
     SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET jit = off; SET default_transaction_isolation = 'read committed'; \
-    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')";
+    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout'); \
+    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
 
 /// The databases' connections of one daemon or command.
 #[derive(Clone)]
@@ -76,7 +77,8 @@ impl Database {
              SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = 0; SET lock_timeout = '5s'; \
              SET idle_in_transaction_session_timeout = {idle}; SET enable_seqscan = off; SET jit = off; \
              SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
-             SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout')",
+             SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout'); \
+             SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
             idle = limits.claim_idle.as_millis(),
         );
         let work =
@@ -88,6 +90,13 @@ impl Database {
     /// Connections that this many slots need at most: watch, claims, work.
     pub fn budget(slots: u32) -> u32 {
         1 + (slots + 1) + (slots + WORK_CONNECTIONS)
+    }
+
+    /// Lets this many claims be open at once, if that is more than the slots: a worker may have left more builds than it has slots now.
+    pub fn room_for_claims(&self, claims: usize) {
+        if claims + 1 > self.claims.status().max_size {
+            self.claims.resize(claims + 1);
+        }
     }
 
     /// Where it is, for messages.

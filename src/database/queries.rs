@@ -223,10 +223,10 @@ impl Database {
     ///
     /// # Errors
     /// Unknown then; the claim is not to be relied on.
-    pub async fn count_claim(&self, id: AttemptId) -> Result<Option<AdvisoryKeys>> {
+    pub async fn count_claim(&self, id: AttemptId, started_us: i64) -> Result<Option<AdvisoryKeys>> {
         const STEP: &str = "count a claim";
         let session = self.work().await?;
-        let row = answered(STEP, session.query_opt(CLAIM_COUNT, &[&id.build.0, &id.attempt])).await?;
+        let row = answered(STEP, session.query_opt(CLAIM_COUNT, &[&id.build.0, &id.attempt, &started_us])).await?;
         Ok(row.map(|row| AdvisoryKeys { classes: row.get("classes"), keys: row.get("keys") }))
     }
 
@@ -250,14 +250,15 @@ impl Database {
             .collect())
     }
 
-    /// What `build_attempts` says of an attempt, and whether it is still its build's running one. `None`: no such attempt.
+    /// What `build_attempts` says of an attempt, and whether it is still its build's running one. `None`: no such attempt. `started_us` as
+    /// in [`Job`]: after a failover to a server that had missed its start, another attempt may have its number.
     ///
     /// # Errors
     /// Unknown then.
-    pub async fn attempt_state(&self, id: AttemptId) -> Result<Option<(String, bool)>> {
+    pub async fn attempt_state(&self, id: AttemptId, started_us: i64) -> Result<Option<(String, bool)>> {
         const STEP: &str = "look up an attempt";
         let session = self.work().await?;
-        let row = answered(STEP, session.query_opt(ATTEMPT_STATE, &[&id.build.0, &id.attempt])).await?;
+        let row = answered(STEP, session.query_opt(ATTEMPT_STATE, &[&id.build.0, &id.attempt, &started_us])).await?;
         Ok(row.map(|row| (row.get("state"), row.get("current"))))
     }
 

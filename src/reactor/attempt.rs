@@ -22,6 +22,12 @@ const RETAKE: Duration = Duration::from_millis(500);
 /// How long the last ping of a daemon that leaves may take.
 const LAST_PING: Duration = Duration::from_millis(300);
 
+/// How long a renewal takes from here to the keeper's socket, generously.
+const PASSING_ON: Duration = Duration::from_millis(20);
+
+/// Between two complaints about a result that cannot be recorded.
+const COMPLAIN: Duration = Duration::from_secs(600);
+
 /// What an attempt tells the reactor on its way.
 #[derive(Debug)]
 pub enum Progress {
@@ -76,8 +82,15 @@ pub enum Done {
     Refused(BuildId),
     /// The database failed before the attempt began; nothing is held.
     Failed(DatabaseError),
-    /// The attempt is over. `None`: its result was no longer ours to record.
-    Ended(AttemptId, Option<Recorded>),
+    /// The attempt is over.
+    Ended {
+        /// Which.
+        id: AttemptId,
+        /// `None`: its result was no longer ours to record.
+        recorded: Option<Recorded>,
+        /// Why this worker cannot start builds at the moment.
+        unable: Option<String>,
+    },
     /// The daemon leaves, and the attempt goes on: for the next one.
     Left(AttemptId),
 }
@@ -126,8 +139,19 @@ pub async fn attempt(
                 Err(error) => Done::Failed(error),
             };
         }
-        // Whether the attempt is visible is not known. If it is, it looks like ours lost, and is counted as such.
-        Err(error) => return Done::Failed(error),
+        // Whether the attempt is visible is not known.
+        Err(error) => {
+            drop(claim);
+            return match in_doubt(shared, build).await {
+                Some(job) => {
+                    let stop = Stop::default();
+                    let told = Progress::Started { builder: job.builder.clone(), id: job.id, stop: stop.clone() };
+                    let _told = progress.send(told);
+                    adopt(shared, job, stop).await
+                }
+                None => Done::Failed(error),
+            };
+        }
     };
     job.dir = shared.folders.attempt(job.id);
     let stop = Stop::default();
@@ -137,6 +161,21 @@ pub async fn attempt(
     tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
         "build {} of {} started", job.id, job.builder);
     Attempt::new(shared, job, pulse, stop, Some(claim)).run(Begin::Start).await
+}
+
+/// The attempt of `build` that began here although nobody was told so. It has not started anything, and is given back.
+async fn in_doubt(shared: &Shared, build: BuildId) -> Option<Job> {
+    let mut pause = Pause(RETAKE);
+    loop {
+        match shared.database.mine(&shared.hello).await {
+            Ok(mine) => {
+                let mut job = mine.into_iter().find(|job| job.id.build == build)?;
+                job.dir = shared.folders.attempt(job.id);
+                return Some(job);
+            }
+            Err(_) => pause.wait().await,
+        }
+    }
 }
 
 /// Goes on with an attempt that this worker was running when its last daemon left.
@@ -203,6 +242,7 @@ impl<'a> Attempt<'a> {
                 "build {id} goes on; it lives for {} s more, or until worker `{}` comes back", self.shared.settings.lease.as_secs(), self.job.worker);
             return Done::Left(id);
         };
+        let unable = ended.outcome == Outcome::GivenBack;
         log_ended.cancel();
         match shipper.await {
             Ok(Shipped::Whole) => {}
@@ -221,6 +261,8 @@ impl<'a> Attempt<'a> {
             let detail = format!("given back: worker `{}` stopped", self.job.worker);
             ended = Ended { outcome: Outcome::GivenBack, exit: None, detail: Some(detail), ..ended };
         }
+        // Before it had begun: this worker cannot start anything at the moment.
+        let unable = (begin == Begin::Start && unable).then(|| ended.detail.clone().unwrap_or_default());
         let recorded = self.record(&ended).await;
         self.tell(&ended, recorded.as_ref(), started.elapsed());
         let database = self.shared.database.clone();
@@ -237,14 +279,14 @@ impl<'a> Attempt<'a> {
                 tracing::warn!("cannot tidy `{}`: {error}", dir.display());
             }
         });
-        Done::Ended(id, recorded)
+        Done::Ended { id, recorded, unable }
     }
 
     /// Runs the executor, and meanwhile keeps the claim: a ping each `[lease] ping`, and when it is lost, tries to take it
     /// again until the lease is over. Then the build is stopped, before anybody else may start it; the keeper sees to that too. `None`: the
     /// daemon leaves, and the attempt goes on without it.
     async fn execute(&mut self, begin: Begin) -> Option<Ended> {
-        let begun = Arc::new(AtomicBool::new(false));
+        let begun = Arc::new(AtomicBool::new(begin == Begin::Adopt));
         let tether = Tether { stop: self.stop.token.clone(), lease: self.lease.subscribe(), begun: Arc::clone(&begun) };
         // Borrowed apart, so that the run can go on while the claim is tended.
         let job = self.job.clone();
@@ -275,7 +317,10 @@ impl<'a> Attempt<'a> {
                 () = leaving.cancelled(), if !stays => {
                     if begun.load(Ordering::Acquire) && !self.stop.token.is_cancelled() {
                         // The next daemon then has the whole lease to come.
-                        self.ping(LAST_PING).await;
+                        if self.ping(LAST_PING).await {
+                            // For the task that passes it on to the keeper.
+                            tokio::time::sleep(PASSING_ON).await;
+                        }
                         break None;
                     }
                     // Nobody would find it again: it is given back.
@@ -365,7 +410,7 @@ impl<'a> Attempt<'a> {
         match retaken.await {
             Ok(Some(mut claim)) => {
                 // Counted before the lease is renewed: see `Lost`.
-                let locks = match self.shared.database.count_claim(id).await {
+                let locks = match self.shared.database.count_claim(id, self.job.started_us).await {
                     Ok(Some(locks)) => locks,
                     Ok(None) => return Retaken::NoLongerOurs,
                     Err(_) => return Retaken::NotNow,
@@ -379,7 +424,7 @@ impl<'a> Attempt<'a> {
                 Retaken::Yes
             }
             // Somebody holds the row, or there is none any more.
-            Ok(None) => match self.shared.database.attempt_state(id).await {
+            Ok(None) => match self.shared.database.attempt_state(id, self.job.started_us).await {
                 Ok(Some((state, true))) if state == "running" => Retaken::NotNow,
                 Ok(_) => Retaken::NoLongerOurs,
                 Err(_) => Retaken::NotNow,
@@ -392,7 +437,7 @@ impl<'a> Attempt<'a> {
     /// through; the attempt's own row does.
     async fn record(&mut self, ended: &Ended) -> Option<Recorded> {
         let id = self.job.id;
-        let mut warned = false;
+        let mut warned: Option<Instant> = None;
         let mut pause = Pause(RETAKE);
         loop {
             if self.shared.giving_up.is_cancelled() {
@@ -426,10 +471,10 @@ impl<'a> Attempt<'a> {
                     return recorded;
                 }
                 Err(error) => {
-                    if !warned {
+                    if warned.is_none_or(|at| at.elapsed() > COMPLAIN) {
                         tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
                             "cannot record the result of build {id} yet: {}", Chain(&error));
-                        warned = true;
+                        warned = Some(Instant::now());
                     }
                     drop(claim);
                     self.log_in_doubt = true;

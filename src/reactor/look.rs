@@ -106,7 +106,9 @@ impl Reactor {
         }
         let was_accepting = self.not_accepting.is_none();
         if tend {
-            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk);
+            self.unable = self.unable.take().filter(|(_, until)| now < *until);
+            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk)
+                .or_else(|| self.unable.as_ref().map(|(why, _)| why.clone()));
         }
         if everything || control || was_accepting != self.not_accepting.is_none() {
             // Through another connection: its trouble is not this one's.
@@ -131,6 +133,10 @@ impl Reactor {
     async fn adopt(&mut self) -> Result<(), DatabaseError> {
         for mut job in self.shared.database.mine(&self.shared.hello).await? {
             job.dir = self.shared.folders.attempt(job.id);
+            // Left alone for `grace`, as another worker's.
+            if crate::executor::process::is_from_elsewhere(&job.dir) {
+                continue;
+            }
             let (stop, shared) = (Stop::default(), Arc::clone(&self.shared));
             self.running.insert(job.id, Active { builder: job.builder.clone(), stop: stop.clone() });
             self.tasks.spawn(async move {
@@ -138,6 +144,7 @@ impl Reactor {
                 Finished::Attempt(builder, adopt(&shared, job, stop).await)
             });
         }
+        self.shared.database.room_for_claims(self.running.len());
         self.adopted = true;
         Ok(())
     }

@@ -47,6 +47,8 @@ const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
 const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 /// After the database refused a claim.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// After a build could not be started here: others may take them.
+const UNABLE: Duration = Duration::from_secs(30);
 /// At least this often, and at each ping: which running builds nobody holds.
 const LOST: Duration = Duration::from_secs(2);
 /// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
@@ -97,8 +99,8 @@ pub struct Shared {
     pub tidying: TaskTracker,
 }
 
-/// Orders to a running reactor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Orders to a running reactor, each going further than the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Order {
     /// Claim nothing more; leave when what runs has ended.
     Drain,
@@ -139,6 +141,8 @@ pub struct Reactor {
     failed: bool,
     /// Why nothing is claimed, for `workers.detail`.
     not_accepting: Option<String>,
+    /// Why builds could not be started lately, and until when none is tried.
+    unable: Option<(String, Instant)>,
     settling: Settling,
     scheduler: Scheduler,
 }
@@ -212,6 +216,7 @@ impl Reactor {
             outage: Outage::default(),
             failed: false,
             not_accepting: None,
+            unable: None,
             settling: Settling::No,
             scheduler: Scheduler::new(now),
         }
@@ -460,8 +465,14 @@ impl Reactor {
                 self.block(builder, AFTER_FAILURE);
             }
             Done::Left(id) => drop(self.running.remove(&id)),
-            Done::Ended(id, recorded) => {
+            Done::Ended { id, recorded, unable } => {
                 self.running.remove(&id);
+                if let Some(why) = unable {
+                    self.unable = Some((why, Instant::now() + UNABLE));
+                    // So that it is not claimed again here at once.
+                    self.not_accepting.clone_from(&self.unable.as_ref().map(|(why, _)| why.clone()));
+                    self.timers.lost = Instant::now();
+                }
                 match &recorded {
                     Some(recorded) => self.plan_retry(recorded),
                     // Recorded in a COMMIT that was in doubt, or by others: perhaps it is to be tried again.
@@ -543,7 +554,8 @@ impl Reactor {
                 tracing::info!(running = self.running.len(), "stopping; what runs is given back to the queue")
             }
         }
-        self.leaving = Some(order);
+        // An order only goes further than the one before.
+        self.leaving = self.leaving.max(Some(order));
         if order == Order::Stop {
             self.stop_all();
         }

@@ -1,10 +1,10 @@
 //! The daemon's side of the keeper: finds or starts it, gives it orders, hears how attempts end.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -60,7 +60,7 @@ struct Live {
     no_namespace: Option<String>,
     /// Of another program file than this one: to be replaced when nothing runs under it.
     outdated: bool,
-    _reader: AbortOnDropHandle<()>,
+    reader: AbortOnDropHandle<()>,
 }
 
 impl KeeperClient {
@@ -107,7 +107,10 @@ impl KeeperClient {
             *live = None;
         }
         if live.as_ref().is_none_or(|keeper| keeper.gone.is_cancelled()) {
-            *live = None;
+            // Its reader first waits until every process of its builds is gone; only then are they given up.
+            if let Some(gone) = live.take() {
+                let _ended = gone.reader.await;
+            }
             let keeper = start(&self.dir).await?;
             lock(&self.no_namespace).clone_from(&keeper.no_namespace);
             *live = Some(keeper);
@@ -117,19 +120,22 @@ impl KeeperClient {
         live.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    /// Runs one attempt to its end.
+    /// Runs one attempt to its end. `Ok(Err(why))`: there is no keeper, and nothing was started.
     ///
     /// # Errors
-    /// The keeper could not be started, or died; when it died, every process of its attempts is gone.
+    /// The keeper died; every process of its attempts is gone.
     ///
     /// # Cancel safety
     /// Dropped, the attempt goes on until the end of its lease.
-    pub async fn run(&self, mut spec: Spec, tether: &Tether) -> io::Result<Status> {
+    pub async fn run(&self, mut spec: Spec, tether: &Tether) -> io::Result<Result<Status, io::Error>> {
         let (id, dir) = (spec.id.clone(), spec.dir.clone());
         let (send, receive) = oneshot::channel();
         {
             let mut live = self.live.lock().await;
-            let keeper = self.ready(&mut live).await?;
+            let keeper = match self.ready(&mut live).await {
+                Ok(keeper) => keeper,
+                Err(error) => return Ok(Err(error)),
+            };
             lock(&keeper.attempts).insert(id.clone(), Known::Awaited(send));
             // As it is now: the preparations may have taken long.
             spec.until_ms = super::millis(*tether.lease.borrow());
@@ -139,7 +145,7 @@ impl KeeperClient {
             }
         }
         tether.begun.store(true, Ordering::Release);
-        self.attend(&id, &dir, receive, tether).await
+        self.attend(&id, &dir, receive, tether).await.map(Ok)
     }
 
     /// Waits for the end of an attempt that an earlier daemon started. `None`: there is nothing of it.
@@ -223,8 +229,12 @@ fn left(dir: &Path) -> Option<Status> {
 
 fn only_daemon(dir: &Path) -> io::Result<File> {
     let path = dir.join(ONLY);
-    let mut file = File::options().create(true).truncate(false).write(true).read(true).open(&path)?;
-    if file.try_lock().is_err() {
+    // Readable for nobody else, who could take the lock (flock(2)).
+    let mut file = File::options().create(true).truncate(false).write(true).read(true).mode(0o600).open(&path)?;
+    if let Err(error) = file.try_lock() {
+        if let TryLockError::Error(error) = error {
+            return Err(io::Error::new(error.kind(), format!("lock `{}`: {error}", path.display())));
+        }
         let pid = std::fs::read_to_string(&path).unwrap_or_default();
         return Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
@@ -241,11 +251,17 @@ fn only_daemon(dir: &Path) -> io::Result<File> {
 /// Blocks until no keeper or guardian of an earlier daemon on this folder is left: each of them holds the lock, and ends only
 /// when its tree is gone.
 fn wait_for_earlier(dir: &Path) -> io::Result<()> {
-    let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
+    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK))?;
     let began = Instant::now();
-    while file.try_lock().is_err() {
+    while let Err(error) = file.try_lock() {
+        if let TryLockError::Error(error) = error {
+            return Err(error);
+        }
         if began.elapsed() > PATIENCE {
-            let text = format!("processes of earlier builds in `{}` do not die", dir.display());
+            let text = format!(
+                "processes of earlier builds do not die: `fuser {}/{LOCK}` shows who still holds its lock",
+                dir.display()
+            );
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -282,7 +298,9 @@ async fn connect(dir: &Path, stream: UnixStream) -> io::Result<Live> {
     let (version, pid, running, no_namespace) = match first.as_deref().map(serde_json::from_str) {
         Some(Ok(FromKeeper::Hello { version, pid, running, no_namespace })) => (version, pid, running, no_namespace),
         Some(Ok(FromKeeper::Ended { .. }) | Err(_)) | None => {
-            return Err(io::Error::other("the keeper did not start; its reason is on this daemon's standard error"));
+            return Err(io::Error::other(
+                "the keeper ended; its reason is on the standard error of the daemon that started it",
+            ));
         }
     };
     if version != VERSION {
@@ -294,7 +312,7 @@ async fn connect(dir: &Path, stream: UnixStream) -> io::Result<Live> {
     lock(&attempts).extend(running.into_iter().map(|id| (id, Known::Found)));
     let gone = CancellationToken::new();
     let reader = crate::tasks::spawn(listen(lines, Arc::clone(&attempts), gone.clone(), dir.to_owned()));
-    Ok(Live { orders, attempts, gone, no_namespace, outdated: !is_this_program(pid), _reader: reader })
+    Ok(Live { orders, attempts, gone, no_namespace, outdated: !is_this_program(pid), reader })
 }
 
 /// Whether a process runs the same file as this one. A file that was replaced is another one.
@@ -315,7 +333,7 @@ async fn listen(mut lines: Lines<BufReader<OwnedReadHalf>>, attempts: Attempts, 
                         let _heard = sender.send(status);
                     }
                     Some(Known::Found | Known::Ended(_)) => drop(attempts.insert(id, Known::Ended(status))),
-                    None => {}
+                    None => drop(attempts.insert(id, Known::Ended(status))),
                 }
             }
             Ok(FromKeeper::Hello { .. }) => {}

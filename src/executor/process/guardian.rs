@@ -94,7 +94,8 @@ impl<'a> Guardian<'a> {
         for signal in [KILL_NOW, LEASE_OVER, STOP, Signal::SIGCHLD] {
             mask.add(signal);
         }
-        mask.thread_set_mask().map_err(failed("block signals"))?;
+        // Beside those that the keeper had blocked: a signal to the whole service is for the daemon.
+        mask.thread_block().map_err(failed("block signals"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(failed("open a signalfd"))?;
         let log = OutputWriter::create(&spec.dir, spec.file_limit);
@@ -276,10 +277,11 @@ impl<'a> Guardian<'a> {
     }
 
     fn kill_now(&mut self, end: End) {
-        let since = boottime();
-        let end = match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Running => end,
-            Phase::Terminating { end, .. } | Phase::Killing { end, .. } => end,
+        let (end, since) = match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Running => (end, boottime()),
+            Phase::Terminating { end, .. } => (end, boottime()),
+            // Asked again: it does not begin again.
+            Phase::Killing { end, since } => (end, since),
         };
         self.phase = Phase::Killing { end, since };
     }

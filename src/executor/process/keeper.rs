@@ -10,11 +10,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -26,7 +28,7 @@ use nix::unistd::{ForkResult, Pid, dup2_stdin, getpid};
 use rustix::process::{WaitOptions, wait};
 
 use super::fork::fork_single_threaded;
-use super::guardian::{KILL_NOW, LEASE_OVER, STOP, guard, leave_status};
+use super::guardian::{KILL_NOW, LEASE_OVER, STATUS, STOP, guard, leave_status};
 use super::namespace;
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
 use super::tree::descendants_beside;
@@ -42,7 +44,7 @@ pub const SOCKET: &str = "keeper.sock";
 const IMPATIENCE: Duration = Duration::from_secs(7);
 /// A guardian that does not die (it may wait for a disk) is killed again after this time.
 const AGAIN: Duration = Duration::from_millis(500);
-/// How long the orphans of a guardian that vanished are hunted, in rounds of 5 ms, before the keeper turns to other leases.
+/// How long the orphans of guardians that vanished are hunted, in rounds of 5 ms, before the keeper turns to other leases.
 const ROUNDS: u32 = 400;
 /// Longest message, bytes: an environment is at most a few MiB (execve(2)).
 const LONGEST: usize = 16 << 20;
@@ -70,6 +72,8 @@ struct Keeper {
     guardians: HashMap<Pid, Guardian>,
     no_namespace: Option<String>,
     leaving: bool,
+    /// Ends that nobody has heard, of attempts whose folder could not take them (a full disk).
+    untold: Vec<(String, Status)>,
 }
 
 struct Guardian {
@@ -94,7 +98,7 @@ fn run(dir: &Path) -> std::io::Result<()> {
     let first = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     // Guardians inherit standard input, and the daemon must see the end of its connection when the keeper ends.
     dup2_stdin(File::open("/dev/null")?)?;
-    let mut lock = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
+    let mut lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK))?;
     // The daemon waited for it before; a guardian that is still dying holds it a moment longer.
     lock.lock()?;
     lock.set_len(0)?;
@@ -121,6 +125,7 @@ fn run(dir: &Path) -> std::io::Result<()> {
         guardians: HashMap::new(),
         no_namespace: namespace::why_not(),
         leaving: false,
+        untold: Vec::new(),
     };
     keeper.connected(first)?;
     loop {
@@ -132,7 +137,7 @@ fn run(dir: &Path) -> std::io::Result<()> {
         keeper.hear();
         keeper.end_leases();
         keeper.speak();
-        if keeper.guardians.is_empty() && (keeper.daemon.is_none() || keeper.leaving) {
+        if keeper.guardians.is_empty() && keeper.untold.is_empty() && (keeper.daemon.is_none() || keeper.leaving) {
             return Ok(());
         }
     }
@@ -192,7 +197,9 @@ impl Keeper {
     fn connected(&mut self, stream: UnixStream) -> std::io::Result<()> {
         stream.set_nonblocking(true)?;
         self.daemon = Some(Link { stream, heard: Vec::new(), to_say: Vec::new() });
-        let running = self.guardians.values().map(|guardian| guardian.id.clone()).collect();
+        let untold = std::mem::take(&mut self.untold);
+        let running = self.guardians.values().map(|guardian| &guardian.id).chain(untold.iter().map(|(id, _)| id));
+        let running = running.cloned().collect();
         let hello = FromKeeper::Hello {
             version: VERSION,
             pid: getpid().as_raw(),
@@ -200,6 +207,9 @@ impl Keeper {
             no_namespace: self.no_namespace.clone(),
         };
         self.say(&hello);
+        for (id, status) in untold {
+            self.ended(id, status);
+        }
         Ok(())
     }
 
@@ -259,7 +269,15 @@ impl Keeper {
         if self.guardians.values().any(|guardian| guardian.id == spec.id) {
             return self.ended(spec.id.clone(), Status::without_process(End::NotStarted("it runs already".to_owned())));
         }
-        let forked = std::io::pipe().and_then(|(reader, writer)| Ok((reader, writer, fork_single_threaded()?)));
+        // The order was long under way: its daemon was stopped in between, and others may run the build by now.
+        if boottime() >= Duration::from_millis(spec.until_ms) {
+            return self.ended(spec.id.clone(), Status::without_process(End::LeaseOver));
+        }
+        let forked = std::io::pipe().and_then(|(reader, writer)| {
+            // A child that is stuck before its exec may still hold the other end.
+            fcntl(reader.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            Ok((reader, writer, fork_single_threaded()?))
+        });
         match forked {
             Ok((status, _, ForkResult::Parent { child })) => {
                 let (id, dir, until) = (spec.id.clone(), spec.dir.clone(), Duration::from_millis(spec.until_ms));
@@ -305,37 +323,55 @@ impl Keeper {
 
     /// Collects guardians that have ended, and kills orphans of those that vanished.
     fn reap(&mut self) {
+        let mut vanished = Vec::new();
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, _))) => {
                     let pid = Pid::from_raw(pid.as_raw_nonzero().get());
                     let Some(mut guardian) = self.guardians.remove(&pid) else { continue };
                     let mut text = Vec::new();
-                    let read = guardian.status.read_to_end(&mut text);
-                    let known = read.ok().and_then(|_| serde_json::from_slice(&text).ok());
-                    let status = known.unwrap_or_else(|| {
-                        self.kill_orphans();
-                        let end = if guardian.over.is_some() { End::LeaseOver } else { End::GuardianGone };
-                        let status = Status::without_process(end);
-                        let _noted = leave_status(&guardian.dir, &status);
-                        status
-                    });
-                    self.ended(guardian.id, status);
+                    // All that it said is in the pipe; that somebody still holds the other end is no matter.
+                    let _read = guardian.status.read_to_end(&mut text);
+                    match serde_json::from_slice(&text) {
+                        Ok(status) => self.ended_in(&guardian.dir, guardian.id, status),
+                        Err(_) => vanished.push(guardian),
+                    }
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Ok(None) | Err(_) => break,
             }
         }
+        if vanished.is_empty() {
+            return;
+        }
+        let survivors = self.kill_orphans();
+        for guardian in vanished {
+            let end = if guardian.over.is_some() { End::LeaseOver } else { End::GuardianGone };
+            let status = Status { survivors, ..Status::without_process(end) };
+            let _noted = leave_status(&guardian.dir, &status);
+            self.ended_in(&guardian.dir, guardian.id, status);
+        }
     }
 
-    /// A guardian that was killed has left its tree to the next subreaper above it: to us.
-    fn kill_orphans(&self) {
+    /// Tells the daemon; without one, keeps what could not be noted in the folder for the next.
+    fn ended_in(&mut self, dir: &Path, id: String, status: Status) {
+        if self.daemon.is_none() && !dir.join(STATUS).exists() {
+            self.untold.push((id, status));
+        } else {
+            self.ended(id, status);
+        }
+    }
+
+    /// A guardian that was killed has left its tree to the next subreaper above it: to us. Comes back with how many cannot be killed.
+    fn kill_orphans(&self) -> u32 {
+        let mut left = 0;
         let mine: Vec<Pid> = self.guardians.keys().copied().collect();
         for _ in 0..ROUNDS {
             let orphans = descendants_beside(getpid(), &mine);
             if orphans.is_empty() {
-                return;
+                return 0;
             }
+            left = orphans.len();
             for pid in &orphans {
                 let _gone = kill(*pid, Signal::SIGKILL);
             }
@@ -347,6 +383,7 @@ impl Keeper {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+        u32::try_from(left).unwrap_or(u32::MAX)
     }
 
     fn ended(&mut self, id: String, status: Status) {

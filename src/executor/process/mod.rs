@@ -12,7 +12,6 @@ mod tree;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use self::client::KeeperClient;
@@ -26,8 +25,11 @@ pub const KILL_AFTER: Duration = Duration::from_secs(5);
 /// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.
 pub const TEMPFAIL: i32 = 75;
 
-/// Which attempt a folder was made for: its start, as the database has it.
+/// Which attempt a folder was made for: its start, as the database has it, and the boot of the machine.
 const MARK: &str = "started";
+
+/// The status of an attempt whose end is recorded.
+pub const RECORDED: &str = "recorded.json";
 
 /// What the process executor needs to know.
 #[derive(Clone, Debug)]
@@ -64,12 +66,21 @@ impl ProcessExecutor {
     async fn run_script(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
         let status = match begin {
             Begin::Adopt => {
-                tether.begun.store(true, Ordering::Release);
                 if !is_of(&job.dir, job.started_us) {
-                    let detail = "the worker ended before it had started the build";
-                    return Ended::without_process(Outcome::Lost, detail.to_owned());
+                    let detail = "given back: the worker ended before it had started the build";
+                    return Ended::without_process(Outcome::GivenBack, detail.to_owned());
                 }
                 match self.keeper.adopt(&job.id.to_string(), &job.dir, &tether).await {
+                    // By a daemon that had no time to record it.
+                    Ok(Some(status)) if status.end == End::Stopped => {
+                        let detail = format!("given back: worker `{}` stopped", job.worker);
+                        return Ended {
+                            outcome: Outcome::GivenBack,
+                            exit: None,
+                            detail: Some(detail),
+                            ..ended(&status)
+                        };
+                    }
                     Ok(Some(status)) => Ok(status),
                     Ok(None) => {
                         let detail = "its keeper was gone when the worker came back";
@@ -83,7 +94,14 @@ impl ProcessExecutor {
                 let prepared =
                     tokio::task::spawn_blocking(move || prepare(&for_files, &settings)).await.map_err(io::Error::other);
                 match prepared.and_then(|result| result) {
-                    Ok(spec) => self.keeper.run(spec, &tether).await,
+                    Ok(spec) => match self.keeper.run(spec, &tether).await {
+                        Ok(Ok(status)) => Ok(status),
+                        Ok(Err(error)) => {
+                            let detail = format!("given back: worker `{}` cannot start builds: {error}", job.worker);
+                            return Ended::without_process(Outcome::GivenBack, detail);
+                        }
+                        Err(error) => Err(error),
+                    },
                     Err(error) => {
                         return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}"));
                     }
@@ -134,9 +152,13 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
         std::fs::create_dir_all(folder).map_err(named("make", folder))?;
     }
     let mark = dir.join(MARK);
-    std::fs::write(&mark, job.started_us.to_string()).map_err(named("write", &mark))?;
+    std::fs::write(&mark, format!("{} {}", job.started_us, boot_id())).map_err(named("write", &mark))?;
     let file = dir.join("build.json");
-    std::fs::write(&file, &job.row).map_err(named("write", &file))?;
+    // It may tell more of the build than others on this machine should know.
+    let written = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file);
+    written
+        .and_then(|mut file| std::io::Write::write_all(&mut file, job.row.as_bytes()))
+        .map_err(named("write", &file))?;
     let text = job.script.as_deref().unwrap_or_default();
     let script = dir.join("script");
     write_script(&script, text).map_err(named("write", &script))?;
@@ -182,7 +204,22 @@ fn millis(duration: Duration) -> u64 {
 
 /// Whether the folder of an attempt was made for this one, and not for one of the same number in another database.
 fn is_of(dir: &Path, started_us: i64) -> bool {
-    std::fs::read_to_string(dir.join(MARK)).is_ok_and(|text| text == started_us.to_string())
+    mark(dir).is_some_and(|(started, _)| started == started_us.to_string())
+}
+
+/// Whether an attempt was started on another machine, or before this one was booted, and has left no result: a folder that moves from
+/// machine to machine proves nothing about the processes there.
+pub fn is_from_elsewhere(dir: &Path) -> bool {
+    mark(dir).is_some_and(|(_, boot)| boot != boot_id()) && !dir.join(guardian::STATUS).exists()
+}
+
+fn mark(dir: &Path) -> Option<(String, String)> {
+    let text = std::fs::read_to_string(dir.join(MARK)).ok()?;
+    text.split_once(' ').map(|(started, boot)| (started.to_owned(), boot.to_owned()))
+}
+
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// Translates what the guardian saw into an outcome and a line for people.
@@ -252,12 +289,16 @@ fn human(ms: u64) -> String {
     if parts.is_empty() { format!("{ms} ms") } else { parts.join(" ") }
 }
 
-/// Removes the working directory of an attempt that does not keep it, and joins its log into one file.
+/// Removes the working directory of an attempt whose end is recorded and that does not keep it, joins its log into one file, and marks
+/// the folder as done with.
 ///
 /// # Errors
 /// Something could not be removed.
 pub fn tidy(dir: &Path) -> io::Result<()> {
     crate::logs::file::finish(dir)?;
+    if dir.join(guardian::STATUS).exists() {
+        std::fs::rename(dir.join(guardian::STATUS), dir.join(RECORDED))?;
+    }
     let work: PathBuf = dir.join("work");
     if work.exists() { std::fs::remove_dir_all(work) } else { Ok(()) }
 }
