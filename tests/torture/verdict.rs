@@ -18,7 +18,8 @@ struct Build {
     detail: String,
     kind: String,
     code: i32,
-    beats: usize,
+    /// Of the first attempt, and of later ones.
+    beats: [usize; 2],
     needs: Vec<i64>,
     attempts: Vec<Attempt>,
     log: Option<String>,
@@ -68,7 +69,7 @@ async fn read_builds(sql: &mut Sql) -> BTreeMap<i64, Build> {
     let rows = sql
         .query(
             "SELECT id, builder, state::text, attempt, exit_code, coalesce(detail, ''), properties->>'kind', (properties->>'code')::int,
-                    (properties->>'beats')::int, needs, CASE WHEN state IN ('passed', 'failed') THEN build_log_text(id) END
+                    ARRAY[(properties->>'beats')::int, (properties->>'again')::int], needs, CASE WHEN state IN ('passed', 'failed') THEN build_log_text(id) END
              FROM builds",
         )
         .await
@@ -82,7 +83,13 @@ async fn read_builds(sql: &mut Sql) -> BTreeMap<i64, Build> {
             detail: row.get(5),
             kind: row.get(6),
             code: row.get(7),
-            beats: usize::try_from(row.get::<_, i32>(8)).unwrap(),
+            beats: row
+                .get::<_, Vec<i32>>(8)
+                .into_iter()
+                .map(|n| usize::try_from(n).unwrap())
+                .collect::<Vec<_>>()
+                .try_into()
+                .unwrap(),
             needs: row.get(9),
             attempts: Vec::new(),
             log: row.get(10),
@@ -116,6 +123,7 @@ async fn read_builds(sql: &mut Sql) -> BTreeMap<i64, Build> {
 /// What is wrong with one build. `lines`: its part of the trace.
 fn wrong(id: i64, builds: &BTreeMap<i64, Build>, lines: &[&Line], cancelled: &HashSet<i64>) -> Vec<String> {
     let build = &builds[&id];
+    let beats = |attempt: i32| build.beats[usize::from(attempt > 1)];
     let mut wrong = Vec::new();
     let mut check = |right: bool, what: String| {
         if !right {
@@ -185,8 +193,8 @@ fn wrong(id: i64, builds: &BTreeMap<i64, Build>, lines: &[&Line], cancelled: &Ha
                     format!("attempt {number} {} and has not run to its end", attempt.state),
                 );
                 check(
-                    count("beat") == build.beats,
-                    format!("attempt {number}: {} beats of {}", count("beat"), build.beats),
+                    count("beat") == beats(number),
+                    format!("attempt {number}: {} beats of {}", count("beat"), beats(number)),
                 );
                 check(
                     attempt.exit_code == Some(build.code) && attempt.term_signal.is_none(),
@@ -208,7 +216,7 @@ fn wrong(id: i64, builds: &BTreeMap<i64, Build>, lines: &[&Line], cancelled: &Ha
     check(known, "an attempt ran that nobody recorded".to_owned());
 
     if let Some(log) = &build.log {
-        let mut whole: String = (1..=build.beats).map(|n| format!("line {n}\n")).collect();
+        let mut whole: String = (1..=beats(build.attempt)).map(|n| format!("line {n}\n")).collect();
         whole.push_str("last\n");
         check(*log == whole, format!("its log is not whole: {log:?}"));
     }
@@ -243,7 +251,7 @@ fn most_at_once(lines: &[Line], builds: &BTreeMap<i64, Build>) -> BTreeMap<Strin
 /// Everything about a build that may explain it.
 fn story(id: i64, build: &Build, lines: &[&Line], torturer: &Torturer) -> String {
     let mut text = format!(
-        "  {} {} code {} beats {} needs {:?}; {} attempt {} {}\n",
+        "  {} {} code {} beats {:?} needs {:?}; {} attempt {} {}\n",
         build.builder, build.kind, build.code, build.beats, build.needs, build.state, build.attempt, build.detail
     );
     for a in &build.attempts {
