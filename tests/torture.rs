@@ -34,7 +34,7 @@ const BUILDERS: [(&str, i64, &str, u64, u64, u64); 6] = [
     ("pair", 2, "10 min", 0, 20, 25),
     ("many", 8, "10 min", 0, 20, 40),
     ("slow", 2, "1.5 s", 300, 301, 6),
-    ("long", 3, "10 min", 160, 200, 9),
+    ("long", 3, "10 min", 220, 280, 9),
 ];
 /// What a statement of the test may take; a server that is being restarted is simply tried again.
 const ANSWER: Duration = Duration::from_secs(4);
@@ -67,7 +67,7 @@ fn settings() -> (u64, u64, bool) {
         let given = text.split_whitespace().find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
         given.map_or(default, |number| number.parse().unwrap_or_else(|_| panic!("BUILDREACTOR_TEST_TORTURE={text}")))
     };
-    (value("seed", 4), value("seconds", 25), value("keep", 0) > 0)
+    (value("seed", 4), value("seconds", 30), value("keep", 0) > 0)
 }
 
 /// A builder's script. Lines of the trace are appended by one write each, so their order in the file is their order in time; the clock is
@@ -138,6 +138,19 @@ struct Feeder {
 }
 
 impl Feeder {
+    async fn insert(&mut self, builder: &str, kind: &str, code: i32, beats: u64, needs: &[String]) {
+        // What was lost need not take as long again.
+        let again = if builder == "long" { 10 } else { beats };
+        let (priority, needs) = (self.random.below(3), needs.join(","));
+        let sql = format!(
+            "INSERT INTO build_queue (builder, priority, needs, properties) VALUES ('{builder}', {priority}, '{{{needs}}}', \
+             '{{\"kind\": \"{kind}\", \"code\": {code}, \"beats\": {beats}, \"again\": {again}}}') RETURNING build_id"
+        );
+        if let Ok(rows) = self.sql.query(&sql).await {
+            self.recent.push(rows[0].get(0));
+        }
+    }
+
     async fn feed(&mut self) {
         if Instant::now() < self.next {
             return;
@@ -162,11 +175,9 @@ impl Feeder {
             let (kind, code) = (self.random.below(20), self.random.below(8));
             let kind = ["deaf", "child", "child", "child"].get(usize::try_from(kind).unwrap()).unwrap_or(&"plain");
             let kind = if name == "long" && *kind == "plain" { "child" } else { kind };
-            let code = [1, 7].get(usize::try_from(code).unwrap()).unwrap_or(&0);
+            let code = *[1, 7].get(usize::try_from(code).unwrap()).unwrap_or(&0);
             let beats = fewest + self.random.below(most - fewest);
-            // What was lost need not take as long again.
-            let again = if name == "long" { 10 } else { beats };
-            let (priority, needy) = (self.random.below(3), self.random.below(6) == 0);
+            let needy = self.random.below(6) == 0;
             let mut needs = Vec::new();
             if needy && !self.recent.is_empty() {
                 for _ in 0..=self.random.below(2) {
@@ -178,14 +189,7 @@ impl Feeder {
             if queued(name) >= max_running + 4 || (name == "long" && (self.nearly_over || queued(name) > 3)) {
                 continue;
             }
-            let sql = format!(
-                "INSERT INTO build_queue (builder, priority, needs, properties) VALUES ('{name}', {priority}, '{{{}}}', \
-                 '{{\"kind\": \"{kind}\", \"code\": {code}, \"beats\": {beats}, \"again\": {again}}}') RETURNING build_id",
-                needs.join(",")
-            );
-            if let Ok(rows) = self.sql.query(&sql).await {
-                self.recent.push(rows[0].get(0));
-            }
+            self.insert(name, kind, code, beats, &needs).await;
             let from = self.recent.len().saturating_sub(12);
             self.recent.drain(..from);
         }
@@ -238,6 +242,10 @@ async fn nothing_is_lost_and_nothing_runs_twice_whatever_breaks() {
         nearly_over: false,
         next: Instant::now(),
     };
+    // For the first fault: see `Fault::KillForLong`.
+    for _ in 0..3 {
+        feeder.insert("long", "child", 0, 250, &[]).await;
+    }
     let mut torturer = Torturer::new(Random(seed), server, workers);
     let end = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < end {

@@ -1,4 +1,5 @@
-//! The faults, dealt from a shuffled deck so that a short run sees all of them.
+//! The faults, dealt from a shuffled deck so that a short run sees all of them. They come in turns of two kinds: in one, anything
+//! happens to anybody; in the other one worker is spared, because only who watches undisturbed for `grace` may take over.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use crate::support::proxy::{Break, Mood};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     Kill,
-    /// kill -9 and away for longer than grace.
+    /// kill -9 and away for longer than grace, while it runs something that would take longer still.
     KillForLong,
     Terminate,
     TerminateTwice,
@@ -77,6 +78,10 @@ const DECK: [Fault; 30] = [
     Fault::Ambush,
 ];
 
+/// These reach every worker's watch.
+const FOR_ALL: [Fault; 5] =
+    [Fault::EndWatches, Fault::EndEverything, Fault::RestartFast, Fault::RestartImmediate, Fault::Blackout];
+
 /// Something to do later.
 enum Later {
     EndClaims,
@@ -92,6 +97,10 @@ pub struct Torturer {
     restarting: Option<tokio::task::JoinHandle<Server>>,
     deck: Vec<Fault>,
     next: Instant,
+    /// Nothing happens to this one...
+    spared: Option<usize>,
+    /// ...or to anybody, until then.
+    turn_ends: Instant,
     later: Vec<(Instant, Later)>,
     done: usize,
 }
@@ -106,8 +115,10 @@ impl Torturer {
             server: Some(server),
             restarting: None,
             deck: Vec::new(),
+            spared: None,
+            turn_ends: Instant::now(),
             // Something runs by then.
-            next: Instant::now() + Duration::from_secs(3),
+            next: Instant::now() + Duration::from_millis(2500),
             later: Vec::new(),
             done: 0,
         }
@@ -140,24 +151,43 @@ impl Torturer {
         for what in due {
             self.do_later(what).await;
         }
+        if now >= self.turn_ends {
+            let seconds = if self.spared.is_none() { *self.random.of(&[20, 34]) } else { 8 + self.random.below(16) };
+            let any = self.any();
+            self.spared = if self.spared.is_none() { Some(any) } else { None };
+            // The first one: a short run is to see somebody take over.
+            let seconds = if self.done == 0 { 19 } else { seconds };
+            self.turn_ends = now + Duration::from_secs(seconds);
+            let who = self.spared.map_or("nobody", |n| self.workers[n].name.as_str());
+            self.timeline.note(format!("for {seconds} s {who} is spared"));
+        }
         if now >= self.next {
             self.next = now + Duration::from_millis(200 + self.random.below(1100));
-            if self.deck.is_empty() {
-                self.deck = DECK.to_vec();
-                for n in (1..self.deck.len()).rev() {
-                    let other = usize::try_from(self.random.below(n as u64 + 1)).unwrap();
-                    self.deck.swap(n, other);
-                }
-                if self.done == 0 {
-                    // Its consequences take long: early in a short run.
-                    let at = self.deck.iter().position(|fault| *fault == Fault::KillForLong).unwrap();
-                    let last = self.deck.len() - 1;
-                    self.deck.swap(at, last);
-                }
-            }
-            let fault = self.deck.pop().unwrap();
+            let fault = self.draw();
             self.done += 1;
             self.inflict(fault).await;
+        }
+    }
+
+    /// The next fault. What would disturb one that is spared comes later.
+    fn draw(&mut self) -> Fault {
+        loop {
+            let fits = |fault: &Fault| self.spared.is_none() || !FOR_ALL.contains(fault);
+            if let Some(at) = self.deck.iter().rposition(fits) {
+                return self.deck.remove(at);
+            }
+            let mut deck = DECK.to_vec();
+            for n in (1..deck.len()).rev() {
+                let other = usize::try_from(self.random.below(n as u64 + 1)).unwrap();
+                deck.swap(n, other);
+            }
+            if self.done == 0 {
+                // Its consequences take long: early in a short run.
+                let at = deck.iter().position(|fault| *fault == Fault::KillForLong).unwrap();
+                let last = deck.len() - 1;
+                deck.swap(at, last);
+            }
+            self.deck.extend(deck);
         }
     }
 
@@ -193,8 +223,26 @@ impl Torturer {
         if self.random.below(2) == 0 { Duration::from_millis(self.random.below(300)) } else { self.spell() }
     }
 
+    /// A worker that is not spared, nor has trouble that must take its course.
     fn any(&mut self) -> usize {
-        usize::try_from(self.random.below(self.workers.len() as u64)).unwrap()
+        let free = |n: &usize| self.spared != Some(*n) && !self.workers[*n].alone;
+        let mut from: Vec<usize> = (0..self.workers.len()).filter(free).collect();
+        if from.is_empty() {
+            from = (0..self.workers.len()).filter(|n| self.spared != Some(*n)).collect();
+        }
+        *self.random.of(&from)
+    }
+
+    /// The worker that runs most of the long builds, if it runs.
+    async fn busiest(&mut self) -> Option<usize> {
+        let spared = self.spared.map_or("", |n| self.workers[n].name.as_str());
+        let sql = format!(
+            "SELECT worker FROM running_builds WHERE builder = 'long' AND worker <> '{spared}' \
+             GROUP BY worker ORDER BY count(*) DESC, worker LIMIT 1"
+        );
+        let rows = self.sql.query(&sql).await.ok()?;
+        let name: String = rows.first()?.get(0);
+        self.workers.iter().position(|worker| worker.name == name && worker.condition == Condition::Up)
     }
 
     async fn end(&mut self, which: &str) {
@@ -217,8 +265,15 @@ impl Torturer {
 
     async fn inflict(&mut self, fault: Fault) {
         // The same draws, whatever state things are in.
-        let (n, spell, away) = (self.any(), self.spell(), self.away());
+        let (mut n, spell, away) = (self.any(), self.spell(), self.away());
         let chance = self.random.next();
+        if matches!(fault, Fault::KillForLong | Fault::FreezeForLong) {
+            match self.busiest().await {
+                Some(busiest) => n = busiest,
+                // Its time will come.
+                None => return self.deck.insert(self.deck.len().saturating_sub(2), fault),
+            }
+        }
         let up = self.workers[n].condition == Condition::Up;
         let worker = &mut self.workers[n];
         let name = worker.name.clone();
@@ -226,6 +281,7 @@ impl Torturer {
             Fault::Kill | Fault::KillForLong if up => {
                 let away = if fault == Fault::Kill { away } else { GRACE + Duration::from_millis(2500) };
                 worker.kill(away);
+                worker.alone = fault == Fault::KillForLong;
                 self.timeline.note(format!("kill -9 of {name}, back in {away:.1?}"));
             }
             Fault::Terminate | Fault::TerminateTwice | Fault::Interrupt if up => {
@@ -245,6 +301,7 @@ impl Torturer {
                 };
                 worker.signal(Signal::SIGSTOP);
                 worker.condition = Condition::Frozen(Instant::now() + spell);
+                worker.alone = fault == Fault::FreezeForLong;
                 self.timeline.note(format!("SIGSTOP of {name} for {spell:.1?}"));
             }
             Fault::KillKeeper => {

@@ -267,23 +267,12 @@ fn story(id: i64, build: &Build, lines: &[&Line], torturer: &Torturer) -> String
         )
         .unwrap();
     }
-    // Runs of equal lines as one.
-    let mut at = 0;
-    while at < lines.len() {
-        let same =
-            lines[at..].iter().take_while(|l| (&l.what, l.attempt) == (&lines[at].what, lines[at].attempt)).count();
-        let (first, last) = (lines[at], lines[at + same - 1]);
-        writeln!(
-            text,
-            "  trace {}.{} {} x{same} {}..{}",
-            id,
-            first.attempt,
-            first.what,
-            clock(first.at),
-            clock(last.at)
-        )
-        .unwrap();
-        at += same;
+    // What goes on between start and finish as one line.
+    let kind = |line: &Line| (line.attempt, ["start", "finish"].iter().position(|what| line.what == *what));
+    for same in lines.chunk_by(|a, b| kind(a) == kind(b)) {
+        let (first, last, n) = (same[0], same[same.len() - 1], same.len());
+        let (from, to) = (clock(first.at), clock(last.at));
+        writeln!(text, "  trace {id}.{}: {} x{n} {from}..{to}", first.attempt, first.what).unwrap();
     }
     for worker in &torturer.workers {
         let log = std::fs::read_to_string(&worker.log).unwrap_or_default();
