@@ -82,6 +82,10 @@ const DECK: [Fault; 30] = [
 const FOR_ALL: [Fault; 5] =
     [Fault::EndWatches, Fault::EndEverything, Fault::RestartFast, Fault::RestartImmediate, Fault::Blackout];
 
+/// These need one that is up.
+const OF_DAEMONS: [Fault; 6] =
+    [Fault::Kill, Fault::Terminate, Fault::TerminateTwice, Fault::Interrupt, Fault::Freeze, Fault::Ambush];
+
 /// Something to do later.
 enum Later {
     EndClaims,
@@ -153,7 +157,7 @@ impl Torturer {
         }
         if now >= self.turn_ends {
             let seconds = if self.spared.is_none() { *self.random.of(&[20, 34]) } else { 8 + self.random.below(16) };
-            let any = self.any();
+            let any = self.any(None);
             self.spared = if self.spared.is_none() { Some(any) } else { None };
             // The first one: a short run is to see somebody take over.
             let seconds = if self.done == 0 { 19 } else { seconds };
@@ -223,14 +227,20 @@ impl Torturer {
         if self.random.below(2) == 0 { Duration::from_millis(self.random.below(300)) } else { self.spell() }
     }
 
-    /// A worker that is not spared, nor has trouble that must take its course.
-    fn any(&mut self) -> usize {
-        let free = |n: &usize| self.spared != Some(*n) && !self.workers[*n].alone;
-        let mut from: Vec<usize> = (0..self.workers.len()).filter(free).collect();
-        if from.is_empty() {
-            from = (0..self.workers.len()).filter(|n| self.spared != Some(*n)).collect();
-        }
-        *self.random.of(&from)
+    /// A worker that is not spared, nor has trouble that must take its course. `fault`: one that can have it, if there is one.
+    fn any(&mut self, fault: Option<Fault>) -> usize {
+        let needs_up = fault.is_some_and(|fault| OF_DAEMONS.contains(&fault));
+        let all = || (0..self.workers.len()).filter(|n| self.spared != Some(*n));
+        let free = |n: &usize| !self.workers[*n].alone;
+        let up = |n: &usize| self.workers[*n].condition == Condition::Up;
+        let among = [
+            all().filter(|n| free(n) && (up(n) || !needs_up)).collect(),
+            all().filter(free).collect(),
+            all().collect::<Vec<_>>(),
+        ];
+        let drawn = self.random.next();
+        let among = among.iter().find(|some| !some.is_empty()).unwrap();
+        among[usize::try_from(drawn % among.len() as u64).unwrap()]
     }
 
     /// The worker that runs most of the long builds, if it runs.
@@ -265,13 +275,13 @@ impl Torturer {
 
     async fn inflict(&mut self, fault: Fault) {
         // The same draws, whatever state things are in.
-        let (mut n, spell, away) = (self.any(), self.spell(), self.away());
+        let (mut n, spell, away) = (self.any(Some(fault)), self.spell(), self.away());
         let chance = self.random.next();
         if matches!(fault, Fault::KillForLong | Fault::FreezeForLong) {
             match self.busiest().await {
                 Some(busiest) => n = busiest,
                 // Its time will come.
-                None => return self.deck.insert(self.deck.len().saturating_sub(2), fault),
+                None => return self.deck.insert(self.deck.len().saturating_sub(6), fault),
             }
         }
         let up = self.workers[n].condition == Condition::Up;
@@ -362,6 +372,7 @@ impl Torturer {
                 let worker = &mut self.workers[n];
                 worker.signal(Signal::SIGSTOP);
                 worker.condition = Condition::Frozen(thaw);
+                worker.alone = true;
                 self.later.push((thaw - Duration::from_millis(40), Later::EndClaims));
                 self.timeline.note(format!("Ambush: SIGSTOP of {name}"));
             }
