@@ -41,7 +41,8 @@ enum Fault {
     Refuse,
     /// The database is away for all of them.
     Blackout,
-    /// All claims are lost for a moment; a worker that saw it is frozen, and wakes when they are lost again.
+    /// Others lose their claims for a moment; a worker that saw it is frozen, and wakes after grace when they are lost again, but were held
+    /// in between.
     Ambush,
 }
 
@@ -88,7 +89,8 @@ const OF_DAEMONS: [Fault; 6] =
 
 /// Something to do later.
 enum Later {
-    EndClaims,
+    /// The second half of an [`Fault::Ambush`] by this worker.
+    Spring(usize),
     Thaw(i32),
 }
 
@@ -158,7 +160,7 @@ impl Torturer {
         if now >= self.turn_ends {
             let seconds = if self.spared.is_none() { *self.random.of(&[20, 34]) } else { 8 + self.random.below(16) };
             let any = self.any(None);
-            self.spared = if self.spared.is_none() { Some(any) } else { None };
+            self.spared = if self.spared.is_none() { any } else { None };
             // The first one: a short run is to see somebody take over.
             let seconds = if self.done == 0 { 19 } else { seconds };
             self.turn_ends = now + Duration::from_secs(seconds);
@@ -176,7 +178,8 @@ impl Torturer {
     /// The next fault. What would disturb one that is spared comes later.
     fn draw(&mut self) -> Fault {
         loop {
-            let fits = |fault: &Fault| self.spared.is_none() || !FOR_ALL.contains(fault);
+            let ambush = self.later.iter().any(|(_, what)| matches!(what, Later::Spring(_)));
+            let fits = |fault: &Fault| (self.spared.is_none() && !ambush) || !FOR_ALL.contains(fault);
             if let Some(at) = self.deck.iter().rposition(fits) {
                 return self.deck.remove(at);
             }
@@ -204,7 +207,14 @@ impl Torturer {
 
     async fn do_later(&mut self, what: Later) {
         match what {
-            Later::EndClaims => self.end("claim").await,
+            Later::Spring(n) => {
+                self.timeline.note(format!("Ambush: and again, {} wakes up", self.workers[n].name));
+                if let Condition::Frozen(_) = self.workers[n].condition {
+                    self.workers[n].condition = Condition::Frozen(Instant::now());
+                    let others = self.hold_others(n).await;
+                    self.let_go(&others);
+                }
+            }
             Later::Thaw(pid) => {
                 let _gone = kill(Pid::from_raw(pid), Signal::SIGCONT);
                 self.timeline.note(format!("guardian {pid} goes on"));
@@ -228,19 +238,16 @@ impl Torturer {
     }
 
     /// A worker that is not spared, nor has trouble that must take its course. `fault`: one that can have it, if there is one.
-    fn any(&mut self, fault: Option<Fault>) -> usize {
+    fn any(&mut self, fault: Option<Fault>) -> Option<usize> {
         let needs_up = fault.is_some_and(|fault| OF_DAEMONS.contains(&fault));
         let all = || (0..self.workers.len()).filter(|n| self.spared != Some(*n));
         let free = |n: &usize| !self.workers[*n].alone;
         let up = |n: &usize| self.workers[*n].condition == Condition::Up;
-        let among = [
-            all().filter(|n| free(n) && (up(n) || !needs_up)).collect(),
-            all().filter(free).collect(),
-            all().collect::<Vec<_>>(),
-        ];
+        let among =
+            [all().filter(|n| free(n) && (up(n) || !needs_up)).collect::<Vec<_>>(), all().filter(free).collect()];
         let drawn = self.random.next();
-        let among = among.iter().find(|some| !some.is_empty()).unwrap();
-        among[usize::try_from(drawn % among.len() as u64).unwrap()]
+        let among = among.iter().find(|some| !some.is_empty())?;
+        Some(among[usize::try_from(drawn % among.len() as u64).unwrap()])
     }
 
     /// The worker that runs most of the long builds, if it runs.
@@ -264,6 +271,25 @@ impl Torturer {
         self.timeline.note(format!("pg_terminate_backend of `{which}`: {ended:?}"));
     }
 
+    /// Freezes the others, ends all claims, and lets `n` look at that for a while, well within the lease.
+    async fn hold_others(&mut self, n: usize) -> Vec<usize> {
+        let others: Vec<usize> =
+            (0..self.workers.len()).filter(|m| *m != n && self.workers[*m].condition == Condition::Up).collect();
+        for m in &others {
+            self.workers[*m].signal(Signal::SIGSTOP);
+        }
+        self.end("claim").await;
+        self.supervise();
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        others
+    }
+
+    fn let_go(&mut self, others: &[usize]) {
+        for m in others {
+            self.workers[*m].signal(Signal::SIGCONT);
+        }
+    }
+
     fn restart(&mut self, mode: StopMode) {
         let Some(mut server) = self.server.take() else { return };
         self.timeline.note(format!("PostgreSQL restarts, {mode:?}"));
@@ -275,8 +301,9 @@ impl Torturer {
 
     async fn inflict(&mut self, fault: Fault) {
         // The same draws, whatever state things are in.
-        let (mut n, spell, away) = (self.any(Some(fault)), self.spell(), self.away());
+        let (any, spell, away) = (self.any(Some(fault)), self.spell(), self.away());
         let chance = self.random.next();
+        let Some(mut n) = any else { return };
         if matches!(fault, Fault::KillForLong | Fault::FreezeForLong) {
             match self.busiest().await {
                 Some(busiest) => n = busiest,
@@ -366,15 +393,14 @@ impl Torturer {
                 self.timeline.note(format!("Blackout: no network for {spell:.1?}"));
             }
             Fault::Ambush if up => {
-                self.end("claim").await;
-                tokio::time::sleep(Duration::from_millis(20 + chance % 500)).await;
-                let thaw = Instant::now() + GRACE + Duration::from_millis(500);
-                let worker = &mut self.workers[n];
-                worker.signal(Signal::SIGSTOP);
-                worker.condition = Condition::Frozen(thaw);
-                worker.alone = true;
-                self.later.push((thaw - Duration::from_millis(40), Later::EndClaims));
-                self.timeline.note(format!("Ambush: SIGSTOP of {name}"));
+                self.timeline
+                    .note(format!("Ambush: the others lose their claims for a moment, {name} sees it and is frozen"));
+                let others = self.hold_others(n).await;
+                self.workers[n].signal(Signal::SIGSTOP);
+                self.workers[n].condition = Condition::Frozen(Instant::now() + GRACE * 2);
+                self.workers[n].alone = true;
+                self.let_go(&others);
+                self.later.push((Instant::now() + GRACE, Later::Spring(n)));
             }
             // The one that was meant is down already.
             Fault::Kill
