@@ -1,9 +1,13 @@
 # Everything a newcomer, a developer and the CI run. `make` alone shows this.
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check bench clean
+.PHONY: help demo test torture setup check bench clean
+
+# Of `make torture`. The seed decides what is done; the machine, what comes of it.
+SEED = 4
+SECONDS = 600
 
 help: ## Show this
-	@sed -n 's/^\([a-z]*\): .*##\(.*\)/make \1	\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z]*\): .*##\(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 demo: ## See it work: a throw-away PostgreSQL, a worker, three builds (a few minutes)
 	@scripts/setup.sh demo
@@ -12,6 +16,9 @@ demo: ## See it work: a throw-away PostgreSQL, a worker, three builds (a few min
 
 test: setup ## Set up, then run all tests
 	@scripts/test.sh
+
+torture: ## Break everything at random for SECONDS=600, by SEED=4
+	BUILDREACTOR_TEST_TORTURE="seed=$(SEED) seconds=$(SECONDS)" cargo test --locked --test main torture:: -- --nocapture
 
 setup: ## Install what is missing for demo and tests
 	@scripts/setup.sh

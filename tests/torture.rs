@@ -28,12 +28,13 @@ const GRACE: Duration = Duration::from_secs(14);
 const SLOTS: u32 = 4;
 const MAX_ATTEMPTS: i32 = 20;
 /// name, `max_running`, timeout, fewest and most beats of a tenth of a second, weight.
-const BUILDERS: [(&str, i64, &str, u64, u64, u64); 5] = [
+const BUILDERS: [(&str, i64, &str, u64, u64, u64); 6] = [
+    ("quick", 5, "10 min", 0, 3, 60),
     ("solo", 1, "10 min", 0, 15, 20),
     ("pair", 2, "10 min", 0, 20, 25),
-    ("many", 6, "10 min", 1, 30, 40),
-    ("slow", 2, "1.5 s", 100, 101, 6),
-    ("long", 3, "10 min", 160, 200, 9),
+    ("many", 8, "10 min", 0, 20, 40),
+    ("slow", 2, "1.5 s", 300, 301, 6),
+    ("long", 3, "10 min", 220, 280, 9),
 ];
 /// What a statement of the test may take; a server that is being restarted is simply tried again.
 const ANSWER: Duration = Duration::from_secs(4);
@@ -59,13 +60,14 @@ impl Timeline {
     }
 }
 
-fn settings() -> (u64, u64) {
+/// Seed, seconds of faults, and whether to keep the logs of a run that went well.
+fn settings() -> (u64, u64, bool) {
     let text = std::env::var("BUILDREACTOR_TEST_TORTURE").unwrap_or_default();
     let value = |name: &str, default: u64| {
         let given = text.split_whitespace().find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
         given.map_or(default, |number| number.parse().unwrap_or_else(|_| panic!("BUILDREACTOR_TEST_TORTURE={text}")))
     };
-    (value("seed", 4), value("seconds", 25))
+    (value("seed", 4), value("seconds", 30), value("keep", 0) > 0)
 }
 
 /// A builder's script. Lines of the trace are appended by one write each, so their order in the file is their order in time; the clock is
@@ -81,7 +83,8 @@ fn script(trace: &Path) -> String {
          child) (setsid sh -c 'trap \"\" TERM HUP; while :; do read -r now rest < /proc/uptime; echo \"child $BUILD_ID $BUILD_ATTEMPT $now\" >> {trace}; sleep 0.1; done' &) ;;\n\
          esac\n\
          n=0\n\
-         while [ $n -lt $PROP_BEATS ]; do n=$((n + 1)); echo \"line $n\"; sleep 0.1; say beat; done\n\
+         beats=$PROP_BEATS; [ $BUILD_ATTEMPT = 1 ] || beats=$PROP_AGAIN\n\
+         while [ $n -lt $beats ]; do n=$((n + 1)); echo \"line $n\"; sleep 0.1; say beat; done\n\
          echo last\n\
          say finish\n\
          exit $PROP_CODE\n"
@@ -135,6 +138,19 @@ struct Feeder {
 }
 
 impl Feeder {
+    async fn insert(&mut self, builder: &str, kind: &str, code: i32, beats: u64, needs: &[String]) {
+        // What was lost need not take as long again.
+        let again = if builder == "long" { 10 } else { beats };
+        let (priority, needs) = (self.random.below(3), needs.join(","));
+        let sql = format!(
+            "INSERT INTO build_queue (builder, priority, needs, properties) VALUES ('{builder}', {priority}, '{{{needs}}}', \
+             '{{\"kind\": \"{kind}\", \"code\": {code}, \"beats\": {beats}, \"again\": {again}}}') RETURNING build_id"
+        );
+        if let Ok(rows) = self.sql.query(&sql).await {
+            self.recent.push(rows[0].get(0));
+        }
+    }
+
     async fn feed(&mut self) {
         if Instant::now() < self.next {
             return;
@@ -159,9 +175,9 @@ impl Feeder {
             let (kind, code) = (self.random.below(20), self.random.below(8));
             let kind = ["deaf", "child", "child", "child"].get(usize::try_from(kind).unwrap()).unwrap_or(&"plain");
             let kind = if name == "long" && *kind == "plain" { "child" } else { kind };
-            let code = [1, 7].get(usize::try_from(code).unwrap()).unwrap_or(&0);
+            let code = *[1, 7].get(usize::try_from(code).unwrap()).unwrap_or(&0);
             let beats = fewest + self.random.below(most - fewest);
-            let (priority, needy) = (self.random.below(3), self.random.below(6) == 0);
+            let needy = self.random.below(6) == 0;
             let mut needs = Vec::new();
             if needy && !self.recent.is_empty() {
                 for _ in 0..=self.random.below(2) {
@@ -173,14 +189,7 @@ impl Feeder {
             if queued(name) >= max_running + 4 || (name == "long" && (self.nearly_over || queued(name) > 3)) {
                 continue;
             }
-            let sql = format!(
-                "INSERT INTO build_queue (builder, priority, needs, properties) VALUES ('{name}', {priority}, '{{{}}}', \
-                 '{{\"kind\": \"{kind}\", \"code\": {code}, \"beats\": {beats}}}') RETURNING build_id",
-                needs.join(",")
-            );
-            if let Ok(rows) = self.sql.query(&sql).await {
-                self.recent.push(rows[0].get(0));
-            }
+            self.insert(name, kind, code, beats, &needs).await;
             let from = self.recent.len().saturating_sub(12);
             self.recent.drain(..from);
         }
@@ -201,7 +210,7 @@ fn start_server(dir: PathBuf) -> Server {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_lost_and_nothing_runs_twice_whatever_breaks() {
-    let (seed, seconds) = settings();
+    let (seed, seconds, keep) = settings();
     println!("BUILDREACTOR_TEST_TORTURE=\"seed={seed} seconds={seconds}\"");
     let began = Instant::now();
     let folder = temp_dir();
@@ -233,10 +242,14 @@ async fn nothing_is_lost_and_nothing_runs_twice_whatever_breaks() {
         nearly_over: false,
         next: Instant::now(),
     };
+    // For the first fault: see `Fault::KillForLong`.
+    for _ in 0..3 {
+        feeder.insert("long", "child", 0, 250, &[]).await;
+    }
     let mut torturer = Torturer::new(Random(seed), server, workers);
     let end = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < end {
-        feeder.nearly_over = end.saturating_duration_since(Instant::now()) < Duration::from_secs(8);
+        feeder.nearly_over = end.saturating_duration_since(Instant::now()) < Duration::from_secs(10);
         let step = Instant::now() + Duration::from_millis(20);
         torturer.step().await;
         // A database that is down holds up the feeder alone.
@@ -271,14 +284,18 @@ async fn nothing_is_lost_and_nothing_runs_twice_whatever_breaks() {
     let drained = began.elapsed();
     let mut problems: Vec<String> = stuck.into_iter().collect();
     problems.extend(torturer.leave().await);
+    let left = began.elapsed();
     // The last lines of what has just been killed are in the file by now.
     let offset = wall_us() - i64::try_from(boottime().as_micros()).unwrap();
     let summary = verdict::check(&mut sql, &trace, offset, &feeder.cancelled, &torturer, &mut problems).await;
     println!(
-        "{} faults, {drained:.1?} until the last build, {:.1?} in all; {summary}",
+        "{} faults, {drained:.1?} until the last build, {left:.1?} until all had left, {:.1?} in all; {summary}",
         torturer.faults(),
         began.elapsed()
     );
+    if keep {
+        println!("kept in `{}`", torturer.keep(&trace, seed, &problems).display());
+    }
     if !problems.is_empty() {
         let kept = torturer.keep(&trace, seed, &problems);
         let shown: Vec<&str> = problems.iter().take(5).map(String::as_str).collect();

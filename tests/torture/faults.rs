@@ -1,4 +1,5 @@
-//! The faults, dealt from a shuffled deck so that a short run sees all of them.
+//! The faults, dealt from a shuffled deck so that a short run sees all of them. They come in turns of two kinds: in one, anything
+//! happens to anybody; in the other one worker is spared, because only who watches undisturbed for `grace` may take over.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use crate::support::proxy::{Break, Mood};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     Kill,
-    /// kill -9 and away for longer than grace.
+    /// kill -9 and away for longer than grace, while it runs something that would take longer still.
     KillForLong,
     Terminate,
     TerminateTwice,
@@ -40,7 +41,8 @@ enum Fault {
     Refuse,
     /// The database is away for all of them.
     Blackout,
-    /// All claims are lost for a moment; a worker that saw it is frozen, and wakes when they are lost again.
+    /// Others lose their claims for a moment; a worker that saw it is frozen, and wakes after grace when they are lost again, but were held
+    /// in between.
     Ambush,
 }
 
@@ -77,9 +79,18 @@ const DECK: [Fault; 30] = [
     Fault::Ambush,
 ];
 
+/// These reach every worker's watch.
+const FOR_ALL: [Fault; 5] =
+    [Fault::EndWatches, Fault::EndEverything, Fault::RestartFast, Fault::RestartImmediate, Fault::Blackout];
+
+/// These need one that is up.
+const OF_DAEMONS: [Fault; 6] =
+    [Fault::Kill, Fault::Terminate, Fault::TerminateTwice, Fault::Interrupt, Fault::Freeze, Fault::Ambush];
+
 /// Something to do later.
 enum Later {
-    EndClaims,
+    /// The second half of an [`Fault::Ambush`] by this worker.
+    Spring(usize),
     Thaw(i32),
 }
 
@@ -92,6 +103,10 @@ pub struct Torturer {
     restarting: Option<tokio::task::JoinHandle<Server>>,
     deck: Vec<Fault>,
     next: Instant,
+    /// Nothing happens to this one...
+    spared: Option<usize>,
+    /// ...or to anybody, until then.
+    turn_ends: Instant,
     later: Vec<(Instant, Later)>,
     done: usize,
 }
@@ -106,8 +121,10 @@ impl Torturer {
             server: Some(server),
             restarting: None,
             deck: Vec::new(),
+            spared: None,
+            turn_ends: Instant::now(),
             // Something runs by then.
-            next: Instant::now() + Duration::from_secs(3),
+            next: Instant::now() + Duration::from_millis(2500),
             later: Vec::new(),
             done: 0,
         }
@@ -140,24 +157,44 @@ impl Torturer {
         for what in due {
             self.do_later(what).await;
         }
+        if now >= self.turn_ends {
+            let seconds = if self.spared.is_none() { *self.random.of(&[20, 34]) } else { 8 + self.random.below(16) };
+            let any = self.any(None);
+            self.spared = if self.spared.is_none() { any } else { None };
+            // The first one: a short run is to see somebody take over.
+            let seconds = if self.done == 0 { 19 } else { seconds };
+            self.turn_ends = now + Duration::from_secs(seconds);
+            let who = self.spared.map_or("nobody", |n| self.workers[n].name.as_str());
+            self.timeline.note(format!("for {seconds} s {who} is spared"));
+        }
         if now >= self.next {
             self.next = now + Duration::from_millis(200 + self.random.below(1100));
-            if self.deck.is_empty() {
-                self.deck = DECK.to_vec();
-                for n in (1..self.deck.len()).rev() {
-                    let other = usize::try_from(self.random.below(n as u64 + 1)).unwrap();
-                    self.deck.swap(n, other);
-                }
-                if self.done == 0 {
-                    // Its consequences take long: early in a short run.
-                    let at = self.deck.iter().position(|fault| *fault == Fault::KillForLong).unwrap();
-                    let last = self.deck.len() - 1;
-                    self.deck.swap(at, last);
-                }
-            }
-            let fault = self.deck.pop().unwrap();
+            let fault = self.draw();
             self.done += 1;
             self.inflict(fault).await;
+        }
+    }
+
+    /// The next fault. What would disturb one that is spared comes later.
+    fn draw(&mut self) -> Fault {
+        loop {
+            let ambush = self.later.iter().any(|(_, what)| matches!(what, Later::Spring(_)));
+            let fits = |fault: &Fault| (self.spared.is_none() && !ambush) || !FOR_ALL.contains(fault);
+            if let Some(at) = self.deck.iter().rposition(fits) {
+                return self.deck.remove(at);
+            }
+            let mut deck = DECK.to_vec();
+            for n in (1..deck.len()).rev() {
+                let other = usize::try_from(self.random.below(n as u64 + 1)).unwrap();
+                deck.swap(n, other);
+            }
+            if self.done == 0 {
+                // Its consequences take long: early in a short run.
+                let at = deck.iter().position(|fault| *fault == Fault::KillForLong).unwrap();
+                let last = deck.len() - 1;
+                deck.swap(at, last);
+            }
+            self.deck.extend(deck);
         }
     }
 
@@ -170,7 +207,14 @@ impl Torturer {
 
     async fn do_later(&mut self, what: Later) {
         match what {
-            Later::EndClaims => self.end("claim").await,
+            Later::Spring(n) => {
+                self.timeline.note(format!("Ambush: and again, {} wakes up", self.workers[n].name));
+                if let Condition::Frozen(_) = self.workers[n].condition {
+                    self.workers[n].condition = Condition::Frozen(Instant::now());
+                    let others = self.hold_others(n).await;
+                    self.let_go(&others);
+                }
+            }
             Later::Thaw(pid) => {
                 let _gone = kill(Pid::from_raw(pid), Signal::SIGCONT);
                 self.timeline.note(format!("guardian {pid} goes on"));
@@ -193,8 +237,29 @@ impl Torturer {
         if self.random.below(2) == 0 { Duration::from_millis(self.random.below(300)) } else { self.spell() }
     }
 
-    fn any(&mut self) -> usize {
-        usize::try_from(self.random.below(self.workers.len() as u64)).unwrap()
+    /// A worker that is not spared, nor has trouble that must take its course. `fault`: one that can have it, if there is one.
+    fn any(&mut self, fault: Option<Fault>) -> Option<usize> {
+        let needs_up = fault.is_some_and(|fault| OF_DAEMONS.contains(&fault));
+        let all = || (0..self.workers.len()).filter(|n| self.spared != Some(*n));
+        let free = |n: &usize| !self.workers[*n].alone;
+        let up = |n: &usize| self.workers[*n].condition == Condition::Up;
+        let among =
+            [all().filter(|n| free(n) && (up(n) || !needs_up)).collect::<Vec<_>>(), all().filter(free).collect()];
+        let drawn = self.random.next();
+        let among = among.iter().find(|some| !some.is_empty())?;
+        Some(among[usize::try_from(drawn % among.len() as u64).unwrap()])
+    }
+
+    /// The worker that runs most of the long builds, if it runs.
+    async fn busiest(&mut self) -> Option<usize> {
+        let spared = self.spared.map_or("", |n| self.workers[n].name.as_str());
+        let sql = format!(
+            "SELECT worker FROM running_builds WHERE builder = 'long' AND worker <> '{spared}' \
+             GROUP BY worker ORDER BY count(*) DESC, worker LIMIT 1"
+        );
+        let rows = self.sql.query(&sql).await.ok()?;
+        let name: String = rows.first()?.get(0);
+        self.workers.iter().position(|worker| worker.name == name && worker.condition == Condition::Up)
     }
 
     async fn end(&mut self, which: &str) {
@@ -204,6 +269,25 @@ impl Torturer {
         );
         let ended = self.sql.query(&sql).await.map(|rows| rows[0].get::<_, i64>(0));
         self.timeline.note(format!("pg_terminate_backend of `{which}`: {ended:?}"));
+    }
+
+    /// Freezes the others, ends all claims, and lets `n` look at that for a while, well within the lease.
+    async fn hold_others(&mut self, n: usize) -> Vec<usize> {
+        let others: Vec<usize> =
+            (0..self.workers.len()).filter(|m| *m != n && self.workers[*m].condition == Condition::Up).collect();
+        for m in &others {
+            self.workers[*m].signal(Signal::SIGSTOP);
+        }
+        self.end("claim").await;
+        self.supervise();
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        others
+    }
+
+    fn let_go(&mut self, others: &[usize]) {
+        for m in others {
+            self.workers[*m].signal(Signal::SIGCONT);
+        }
     }
 
     fn restart(&mut self, mode: StopMode) {
@@ -217,8 +301,16 @@ impl Torturer {
 
     async fn inflict(&mut self, fault: Fault) {
         // The same draws, whatever state things are in.
-        let (n, spell, away) = (self.any(), self.spell(), self.away());
+        let (any, spell, away) = (self.any(Some(fault)), self.spell(), self.away());
         let chance = self.random.next();
+        let Some(mut n) = any else { return };
+        if matches!(fault, Fault::KillForLong | Fault::FreezeForLong) {
+            match self.busiest().await {
+                Some(busiest) => n = busiest,
+                // Its time will come.
+                None => return self.deck.insert(self.deck.len().saturating_sub(6), fault),
+            }
+        }
         let up = self.workers[n].condition == Condition::Up;
         let worker = &mut self.workers[n];
         let name = worker.name.clone();
@@ -226,6 +318,7 @@ impl Torturer {
             Fault::Kill | Fault::KillForLong if up => {
                 let away = if fault == Fault::Kill { away } else { GRACE + Duration::from_millis(2500) };
                 worker.kill(away);
+                worker.alone = fault == Fault::KillForLong;
                 self.timeline.note(format!("kill -9 of {name}, back in {away:.1?}"));
             }
             Fault::Terminate | Fault::TerminateTwice | Fault::Interrupt if up => {
@@ -245,6 +338,7 @@ impl Torturer {
                 };
                 worker.signal(Signal::SIGSTOP);
                 worker.condition = Condition::Frozen(Instant::now() + spell);
+                worker.alone = fault == Fault::FreezeForLong;
                 self.timeline.note(format!("SIGSTOP of {name} for {spell:.1?}"));
             }
             Fault::KillKeeper => {
@@ -300,14 +394,14 @@ impl Torturer {
                 self.timeline.note(format!("Blackout: no network for {spell:.1?}"));
             }
             Fault::Ambush if up => {
-                self.end("claim").await;
-                tokio::time::sleep(Duration::from_millis(20 + chance % 500)).await;
-                let thaw = Instant::now() + GRACE + Duration::from_millis(500);
-                let worker = &mut self.workers[n];
-                worker.signal(Signal::SIGSTOP);
-                worker.condition = Condition::Frozen(thaw);
-                self.later.push((thaw - Duration::from_millis(40), Later::EndClaims));
-                self.timeline.note(format!("Ambush: SIGSTOP of {name}"));
+                self.timeline
+                    .note(format!("Ambush: the others lose their claims for a moment, {name} sees it and is frozen"));
+                let others = self.hold_others(n).await;
+                self.workers[n].signal(Signal::SIGSTOP);
+                self.workers[n].condition = Condition::Frozen(Instant::now() + GRACE * 2);
+                self.workers[n].alone = true;
+                self.let_go(&others);
+                self.later.push((Instant::now() + GRACE, Later::Spring(n)));
             }
             // The one that was meant is down already.
             Fault::Kill

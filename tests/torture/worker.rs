@@ -35,6 +35,8 @@ pub struct Worker {
     /// When the proxy is well again.
     pub heals: Option<Instant>,
     pub condition: Condition,
+    /// To be left to itself until it is up again: this takes longer than others would leave it alone.
+    pub alone: bool,
     pub log: PathBuf,
     child: Option<Child>,
     /// Every second one has no PID namespaces: its guardians walk their descendants.
@@ -52,6 +54,7 @@ impl Worker {
             proxy,
             heals: None,
             condition: Condition::Up,
+            alone: false,
             log,
             child: None,
             namespaces: n.is_multiple_of(2),
@@ -81,6 +84,7 @@ impl Worker {
             .unwrap();
         self.child = Some(child);
         self.condition = Condition::Up;
+        self.alone = false;
     }
 
     /// What a supervisor does: notices its end, starts it again; and wakes it up when its time has come.
@@ -114,6 +118,7 @@ impl Worker {
     fn thaw(&mut self) {
         self.signal(Signal::SIGCONT);
         self.condition = Condition::Up;
+        self.alone = false;
     }
 
     /// Everything as it should be; restarted by the next [`Worker::supervise`].
