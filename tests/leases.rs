@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::proxy::{Mood, Proxy, When};
-use crate::support::{Daemon, Db, SOON, connect, processes_of, temp_dir, wait_for};
+use crate::support::{Daemon, Db, Launch, SOON, connect, processes_of, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 /// Small numbers, within the rule that grace is the lease and 10 s for the killing.
@@ -326,7 +326,7 @@ async fn a_daemon_of_a_newer_program_goes_on_with_the_keeper_and_replaces_it_whe
     // The same program, as another file.
     let older = folder.path().join("buildreactor");
     std::fs::copy(crate::support::PROGRAM, &older).unwrap();
-    let mut daemon = Daemon::spawn_program(&older, &db.url(), "w", &[HOUR]);
+    let mut daemon = Daemon::launch(Launch { program: older.clone(), ..Launch::default() }, &db.url(), "w", &[HOUR]);
     daemon.ready().await;
     let id = db.enqueue("b").await;
     db.wait(&format!("SELECT build_log_text({id}) LIKE '%10%'")).await;
