@@ -153,29 +153,6 @@ async fn a_keeper_killed_while_there_was_no_daemon_makes_its_builds_be_tried_aga
 }
 
 #[tokio::test]
-async fn without_its_daemon_a_tree_dies_at_the_end_of_its_lease() {
-    let db = Db::new().await;
-    db.builder("b", "trap '' TERM HUP; setsid sh -c \"trap '' TERM; sleep 600\" & sleep 600").await;
-    db.execute("UPDATE builders SET max_attempts = 1").await;
-    let mut daemon = Daemon::start(&db, "w", &SMALL).await;
-    let id = db.enqueue("b").await;
-    wait_for("its processes", || async { processes_of(&daemon.state).len() >= 3 }).await;
-    daemon.kill();
-    let killed = Instant::now();
-    wait_for("the end of its tree", || async { processes_of(&daemon.state).is_empty() }).await;
-    // 3 s from the last ping, 5 s from terminate to kill; all of it within the 13 s of grace.
-    let took = killed.elapsed();
-    assert!(took > Duration::from_secs(6) && took < Duration::from_secs(12), "{took:?}");
-    wait_for("the keeper to leave", || async { daemon.keeper().is_none() }).await;
-    daemon.spawn_again();
-    assert_eq!(db.finished(id).await, "error");
-    assert_eq!(
-        db.one::<String>("SELECT detail FROM builds").await,
-        "attempt 1 of 1 lost: its claim was not confirmed within the lease"
-    );
-}
-
-#[tokio::test]
 async fn a_stopped_daemons_tree_dies_and_what_others_ran_meanwhile_is_not_touched() {
     let db = Db::new().await;
     let folder = temp_dir();

@@ -21,5 +21,6 @@ mod structure;
 mod support;
 mod torture;
 mod transcripts;
+mod trees;
 mod waiting;
 mod wakes;
