@@ -46,6 +46,7 @@ package() {
     apt-get:compiler) echo gcc libc6-dev ;;
     apk:compiler) echo gcc musl-dev ;;
     dnf:compiler | zypper:compiler) echo gcc glibc-devel ;;
+    dnf:iproute2) echo iproute ;;
     *:compiler) echo gcc ;;
     *) echo "$1" ;;
     esac
@@ -59,6 +60,8 @@ there cc || there gcc || needed="$needed $(package compiler)"
 if [ "$purpose" = tests ]; then
     there supervisord || optional="$optional $(package supervisor)"
     there pgbouncer || optional="$optional $(package pgbouncer)"
+    # Busybox has an ip too, without network namespaces.
+    ip -Version 2>/dev/null | grep -q iproute2 || optional="$optional $(package iproute2)"
 fi
 
 may_install() { [ "$(id -u)" = 0 ] || there sudo; }

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::proxy::{Mood, Proxy, When};
-use crate::support::{Daemon, Db, SOON, connect, processes_of, temp_dir, wait_for};
+use crate::support::{Daemon, Db, Launch, SOON, connect, processes_of, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 /// Small numbers, within the rule that grace is the lease and 10 s for the killing.
@@ -150,29 +150,6 @@ async fn a_keeper_killed_while_there_was_no_daemon_makes_its_builds_be_tried_aga
     daemon.spawn_again();
     assert_eq!(db.finished(id).await, "failed");
     assert_eq!(attempts(&db).await, [format!("{id} 1 error 2"), format!("{id} 2 failed 3 1")]);
-}
-
-#[tokio::test]
-async fn without_its_daemon_a_tree_dies_at_the_end_of_its_lease() {
-    let db = Db::new().await;
-    db.builder("b", "trap '' TERM HUP; setsid sh -c \"trap '' TERM; sleep 600\" & sleep 600").await;
-    db.execute("UPDATE builders SET max_attempts = 1").await;
-    let mut daemon = Daemon::start(&db, "w", &SMALL).await;
-    let id = db.enqueue("b").await;
-    wait_for("its processes", || async { processes_of(&daemon.state).len() >= 3 }).await;
-    daemon.kill();
-    let killed = Instant::now();
-    wait_for("the end of its tree", || async { processes_of(&daemon.state).is_empty() }).await;
-    // 3 s from the last ping, 5 s from terminate to kill; all of it within the 13 s of grace.
-    let took = killed.elapsed();
-    assert!(took > Duration::from_secs(6) && took < Duration::from_secs(12), "{took:?}");
-    wait_for("the keeper to leave", || async { daemon.keeper().is_none() }).await;
-    daemon.spawn_again();
-    assert_eq!(db.finished(id).await, "error");
-    assert_eq!(
-        db.one::<String>("SELECT detail FROM builds").await,
-        "attempt 1 of 1 lost: its claim was not confirmed within the lease"
-    );
 }
 
 #[tokio::test]
@@ -326,7 +303,7 @@ async fn a_daemon_of_a_newer_program_goes_on_with_the_keeper_and_replaces_it_whe
     // The same program, as another file.
     let older = folder.path().join("buildreactor");
     std::fs::copy(crate::support::PROGRAM, &older).unwrap();
-    let mut daemon = Daemon::spawn_program(&older, &db.url(), "w", &[HOUR]);
+    let mut daemon = Daemon::launch(Launch { program: older.clone(), ..Launch::default() }, &db.url(), "w", &[HOUR]);
     daemon.ready().await;
     let id = db.enqueue("b").await;
     db.wait(&format!("SELECT build_log_text({id}) LIKE '%10%'")).await;

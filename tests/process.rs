@@ -134,57 +134,6 @@ async fn what_an_attempt_used_is_recorded() {
     assert_eq!(usage, "t t t 100");
 }
 
-/// Leaves processes behind in every way that we know.
-const NASTY: &str = r#"#!/usr/bin/env python3
-import os, signal, subprocess, sys, time
-def daemonise(ignore):
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            if ignore:
-                for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
-            null = os.open('/dev/null', os.O_RDWR)
-            if ignore:
-                for fd in (0, 1, 2): os.dup2(null, fd)
-            time.sleep(600)
-        os._exit(0)
-daemonise(False); daemonise(True)
-subprocess.Popen(['nohup', 'sleep', '600'], start_new_session=True)
-if os.fork() == 0:
-    for _ in range(200):
-        if os.fork() == 0: time.sleep(600)
-    time.sleep(600)
-print('ready', flush=True)
-"#;
-
-#[tokio::test]
-async fn a_tree_of_any_shape_is_gone_when_its_attempt_ends_however_it_ends() {
-    let db = Db::new().await;
-    let daemon = Daemon::start(&db, "nasty", &[HOUR]).await;
-    for (end, expected) in [
-        ("sys.exit(0)", "passed|0"),
-        ("sys.exit(3)", "failed|3|exit code 3"),
-        ("os.kill(os.getpid(), 9)", "failed|9|ended by SIGKILL"),
-        ("time.sleep(600)", "timed_out|15|ran longer than its timeout of 3s"),
-    ] {
-        let name = format!("b{}", crate::support::unique());
-        db.builder(&name, &format!("{NASTY}{end}\n")).await;
-        db.execute(&format!("UPDATE builders SET timeout = '3 seconds' WHERE name = '{name}'")).await;
-        let id = db.enqueue(&name).await;
-        db.wait(&format!("SELECT build_state_is_final(state) FROM builds WHERE id = {id}")).await;
-        assert_eq!(
-            processes_of(&daemon.state),
-            Vec::<i32>::new(),
-            "{end}: when the result is visible, everything is gone"
-        );
-        let told: String = db
-            .one(&format!("SELECT concat_ws('|', state, exit_code, term_signal, detail) FROM builds WHERE id = {id}"))
-            .await;
-        assert_eq!(told, expected);
-        assert_eq!(log(&db, id).await, "ready\n");
-    }
-}
-
 #[tokio::test]
 async fn a_real_time_signal_is_told_and_leaves_nothing() {
     let db = Db::new().await;
@@ -211,32 +160,6 @@ async fn properties_that_other_readers_of_json_refuse_are_no_trouble() {
     db.execute("INSERT INTO build_queue (builder, properties) VALUES ('b', jsonb_build_object('n', 1e400, 'deep', (repeat('[', 300) || repeat(']', 300))::jsonb))").await;
     assert_eq!(db.finished(1).await, "passed");
     assert_eq!(log(&db, 1).await, "401 600\n");
-}
-
-#[tokio::test]
-async fn a_tree_of_any_shape_dies_with_its_daemon_its_keeper_or_its_guardian() {
-    let db = Db::new().await;
-    db.builder("b", &format!("{NASTY}time.sleep(600)\n")).await;
-    let mut daemon = Daemon::start(&db, "victim", &[HOUR]).await;
-    let state = std::sync::Arc::clone(&daemon.state);
-    let running = async |id: i64| {
-        db.wait(&format!("SELECT build_log_text({id}) = E'ready\\n'")).await;
-        wait_for("its 200 children", || async { processes_of(&state).len() >= 200 }).await;
-    };
-
-    for victim in ["br-guardian", "br-keeper"] {
-        let id = db.enqueue("b").await;
-        running(id).await;
-        db.execute("UPDATE builders SET max_attempts = 1").await;
-        let pid = below(daemon.pid()).into_iter().find(|pid| name_of(*pid) == victim).expect(victim);
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-        assert_eq!(db.finished(id).await, "error", "{victim}");
-        assert_eq!(processes_of(&state), Vec::<i32>::new(), "{victim}: gone when the result is visible");
-    }
-    let id = db.enqueue("b").await;
-    running(id).await;
-    daemon.kill();
-    wait_for("no process left", || async { processes_of(&state).is_empty() }).await;
 }
 
 #[tokio::test]

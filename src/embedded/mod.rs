@@ -17,7 +17,7 @@ mod watchdog;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,9 @@ pub struct Options {
     /// Also listen on this port of 127.0.0.1; 0: on a free one. For tests: every local user gets in without a
     /// password.
     pub tcp_port: Option<u16>,
+    /// With a port: listen on this address of the machine's instead of 127.0.0.1. For tests: whom it lets in from there is up
+    /// to an `hba_file` among the settings.
+    pub tcp_address: Option<IpAddr>,
 }
 
 /// How clients are treated at a stop.
@@ -100,8 +103,9 @@ impl Server {
             }
             None => Folder::throw_away(&account)?,
         };
+        let tcp = options.tcp_port.map(|_| options.tcp_address.unwrap_or(Ipv4Addr::LOCALHOST.into()));
         let mut server = Server {
-            listen: Listen { socket_dir: folder.root.join("run"), port: SOCKET_PORT, tcp: options.tcp_port.is_some() },
+            listen: Listen { socket_dir: folder.root.join("run"), port: SOCKET_PORT, tcp },
             account,
             binaries,
             folder,

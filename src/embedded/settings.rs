@@ -1,6 +1,7 @@
 //! What a private server is told on its command line.
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -12,8 +13,8 @@ pub(super) struct Listen {
     pub socket_dir: PathBuf,
     /// Of TCP, and the number in the socket's name even where nothing listens on TCP.
     pub port: u16,
-    /// On 127.0.0.1 too.
-    pub tcp: bool,
+    /// On this address too.
+    pub tcp: Option<IpAddr>,
 }
 
 /// For a throw-away: fast, and enough connections for a test run.
@@ -39,11 +40,11 @@ pub(super) fn arguments(folder: &Folder, listen: &Listen, given: &[(String, Stri
     let defaults: &[(&str, &str)] = if folder.throw_away { &THROW_AWAY } else { &KEPT };
     let given = given.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     // The log is the watchdog's, and where it listens is what the URL says.
-    let port = listen.port.to_string();
+    let (port, address) = (listen.port.to_string(), listen.tcp.map(|address| address.to_string()));
     let fixed = [
         ("logging_collector", "off"),
         ("log_destination", "stderr"),
-        ("listen_addresses", if listen.tcp { "127.0.0.1" } else { "" }),
+        ("listen_addresses", address.as_deref().unwrap_or_default()),
         ("port", port.as_str()),
         ("unix_socket_permissions", "0700"),
     ];

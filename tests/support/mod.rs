@@ -5,6 +5,7 @@ pub mod proxy;
 
 use std::future::Future;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -55,14 +56,23 @@ pub fn temp_dir() -> TempDir {
 }
 
 /// Asks until the answer is yes; fails, naming `what`, after [`SOON`].
-pub async fn wait_for<F, Fut>(what: &str, mut condition: F)
+pub async fn wait_for<F, Fut>(what: &str, condition: F)
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = bool>,
 {
-    let deadline = Instant::now() + SOON;
+    wait_for_within(SOON, what, condition).await;
+}
+
+/// [`wait_for`] what takes its time.
+pub async fn wait_for_within<F, Fut>(limit: Duration, what: &str, mut condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let deadline = Instant::now() + limit;
     while !condition().await {
-        assert!(Instant::now() < deadline, "waited {} s for: {what}", SOON.as_secs());
+        assert!(Instant::now() < deadline, "waited {} s for: {what}", limit.as_secs());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -70,21 +80,33 @@ where
 /// A migrated database of its own.
 pub struct Db {
     name: String,
+    url: String,
     client: Client,
+    /// On the run's server; others are thrown away as a whole.
+    shared: bool,
 }
 
 impl Db {
     pub async fn new() -> Db {
         let name = format!("test_{}", unique());
         admin().await.batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {}", template().await)).await.unwrap();
-        Db { client: connect(&server().url(&name)).await, name }
+        let url = server().url(&name);
+        Db { client: connect(&url).await, name, url, shared: true }
     }
 
     /// Without the tables.
     pub async fn empty() -> Db {
         let name = format!("test_{}", unique());
         admin().await.batch_execute(&format!("CREATE DATABASE {name}")).await.unwrap();
-        Db { client: connect(&server().url(&name)).await, name }
+        let url = server().url(&name);
+        Db { client: connect(&url).await, name, url, shared: true }
+    }
+
+    /// On a server of the test's own.
+    pub async fn on(server: &Server) -> Db {
+        let url = server.url("postgres");
+        buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&url)).unwrap()).await.unwrap();
+        Db { client: connect(&url).await, name: "postgres".to_owned(), url, shared: false }
     }
 
     pub fn name(&self) -> &str {
@@ -92,7 +114,7 @@ impl Db {
     }
 
     pub fn url(&self) -> String {
-        server().url(&self.name)
+        self.url.clone()
     }
 
     /// Another session, as psql's would be.
@@ -124,14 +146,19 @@ impl Db {
 
     /// Waits until the query says true.
     pub async fn wait(&self, sql: &str) {
-        let deadline = Instant::now() + SOON;
+        self.wait_within(SOON, sql).await;
+    }
+
+    /// [`Db::wait`] for what takes its time.
+    pub async fn wait_within(&self, limit: Duration, sql: &str) {
+        let deadline = Instant::now() + limit;
         // No row yet, or null, is no.
         while self.all::<Option<bool>>(sql).await != [Some(true)] {
             if Instant::now() >= deadline {
                 let builds: Vec<String> =
                     self.all("SELECT to_jsonb(b)::text FROM builds b ORDER BY id DESC LIMIT 5").await;
                 let queue: Vec<String> = self.all("SELECT to_jsonb(q)::text FROM build_queue q LIMIT 5").await;
-                panic!("waited {} s for: {sql}\nbuilds: {builds:#?}\nqueue: {queue:#?}", SOON.as_secs());
+                panic!("waited {} s for: {sql}\nbuilds: {builds:#?}\nqueue: {queue:#?}", limit.as_secs());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -168,6 +195,9 @@ impl Db {
 
 impl Drop for Db {
     fn drop(&mut self) {
+        if !self.shared {
+            return;
+        }
         // Daemons are declared after the database and so are gone by now; FORCE ends what is left of their sessions.
         let name = self.name.clone();
         let dropping = std::thread::spawn(move || {
@@ -225,9 +255,25 @@ async fn template() -> &'static str {
     "template_buildreactor"
 }
 
+/// How a daemon's process is made, where that matters.
+#[derive(Clone)]
+pub struct Launch {
+    pub program: PathBuf,
+    /// What stands before it: a command that becomes it.
+    pub before: Vec<String>,
+    /// User and group, instead of our own.
+    pub user: Option<(u32, u32)>,
+}
+
+impl Default for Launch {
+    fn default() -> Launch {
+        Launch { program: PathBuf::from(PROGRAM), before: Vec::new(), user: None }
+    }
+}
+
 /// A real daemon process with a folder of its own.
 pub struct Daemon {
-    program: PathBuf,
+    launch: Launch,
     child: Option<Child>,
     pub log: Arc<Mutex<Vec<String>>>,
     command: Vec<(String, String)>,
@@ -249,25 +295,21 @@ impl Daemon {
 
     /// Starts a worker without waiting.
     pub fn spawn(url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
-        Daemon::spawn_program(Path::new(PROGRAM), url, name, env)
+        Daemon::launch(Launch::default(), url, name, env)
     }
 
-    /// Starts a worker of another program file without waiting.
-    pub fn spawn_program(program: &Path, url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
+    /// Starts a worker in another way without waiting.
+    pub fn launch(launch: Launch, url: &str, name: &str, env: &[(&str, &str)]) -> Daemon {
         let state = Arc::new(temp_dir());
+        if let Some((user, group)) = launch.user {
+            std::os::unix::fs::chown(state.path(), Some(user), Some(group)).unwrap();
+        }
         let mut command = vec![
             ("BUILDREACTOR_WORKER_NAME".to_owned(), name.to_owned()),
             ("BUILDREACTOR_WORKER_STATE_DIR".to_owned(), state.path().display().to_string()),
         ];
         command.extend(env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-        let mut daemon = Daemon {
-            program: program.to_owned(),
-            child: None,
-            log: Arc::default(),
-            command,
-            url: url.to_owned(),
-            state,
-        };
+        let mut daemon = Daemon { launch, child: None, log: Arc::default(), command, url: url.to_owned(), state };
         daemon.spawn_again();
         daemon
     }
@@ -276,7 +318,14 @@ impl Daemon {
     pub fn spawn_again(&mut self) {
         assert!(self.child.is_none());
         lines(&self.log).clear();
-        let mut child = Command::new(&self.program)
+        let mut words: Vec<&std::ffi::OsStr> = self.launch.before.iter().map(std::ffi::OsStr::new).collect();
+        words.push(self.launch.program.as_os_str());
+        let mut command = Command::new(words[0]);
+        if let Some((user, group)) = self.launch.user {
+            command.uid(user).gid(group);
+        }
+        let mut child = command
+            .args(&words[1..])
             .args(["run", "--database", &self.url])
             .envs(self.command.iter().map(|(key, value)| (key, value)))
             .env_remove("DATABASE_URL")
@@ -396,6 +445,18 @@ pub fn processes_of(state: &TempDir) -> Vec<i32> {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         let environment = std::fs::read(entry.path().join("environ")).unwrap_or_default();
         if environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(wanted.as_bytes())) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+/// All that a daemon with this state folder has started: builds, and keeper and guardians, who work in it.
+pub fn anything_of(state: &TempDir) -> Vec<i32> {
+    let mut found = processes_of(state);
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        if std::fs::read_link(entry.path().join("cwd")).is_ok_and(|dir| dir.starts_with(state.path())) {
             found.push(pid);
         }
     }

@@ -1,0 +1,269 @@
+//! No process of a build is left, whatever it started and however it ends: in a PID namespace, under a subreaper alone, and under
+//! a subreaper of an ordinary user.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::process::{below, name_of};
+use crate::support::{Daemon, Db, Launch, PROGRAM, TempDir, anything_of, processes_of, server, temp_dir, wait_for};
+
+const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
+const SMALL: [(&str, &str); 4] = [
+    HOUR,
+    ("BUILDREACTOR_LEASE_PING", "500ms"),
+    ("BUILDREACTOR_LEASE_LEASE", "3s"),
+    ("BUILDREACTOR_LEASE_GRACE", "13s"),
+];
+
+/// Leaves processes behind in every way that we know: daemons by setsid and a double fork, one of them deaf to SIGTERM and without our
+/// pipes, nohup, and 200 short-lived ones that each fork their successor, and one more when they are told to end. All in all some
+/// 130 forks a second; more would take all of a small machine. Bounded in number and in time, in case we fail.
+const NASTY: &str = r#"#!/usr/bin/env python3
+import os, random, signal, subprocess, sys, time
+last = time.monotonic() + 100
+def daemonise(ignore):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            if ignore:
+                for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+            null = os.open('/dev/null', os.O_RDWR)
+            if ignore:
+                for fd in (0, 1, 2): os.dup2(null, fd)
+            time.sleep(600)
+        os._exit(0)
+def more(number, frame):
+    if os.fork() == 0: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def hop():
+    signal.signal(signal.SIGTERM, more)
+    for _ in range(60):
+        if time.monotonic() > last: break
+        time.sleep(random.uniform(1, 2))
+        if os.fork() != 0: os._exit(0)
+    os._exit(0)
+daemonise(False); daemonise(True)
+subprocess.Popen(['nohup', 'sleep', '600'], start_new_session=True)
+for _ in range(200):
+    if os.fork() == 0: hop()
+print('ready', flush=True)
+"#;
+
+/// How a worker runs its builds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    Namespace,
+    Subreaper,
+    OrdinaryUser,
+}
+
+/// A worker that runs builds so; none, where this machine cannot.
+struct Worker {
+    daemon: Daemon,
+    /// With the program, for a user who cannot enter the folder that it was built in.
+    _program: TempDir,
+}
+
+impl Worker {
+    async fn start(mode: Mode, db: &Db, settings: &[(&str, &str)]) -> Option<Worker> {
+        let root = nix::unistd::geteuid().is_root();
+        if mode != Mode::OrdinaryUser && !root {
+            println!("NOT TESTED, we are not root: {mode:?}");
+            return None;
+        }
+        let folder = temp_dir();
+        let mut launch = Launch::default();
+        if root && mode == Mode::OrdinaryUser {
+            // The one who may enter the folder of the server's socket.
+            let owner = std::fs::metadata(server().socket_dir()).unwrap();
+            assert_ne!(owner.uid(), 0);
+            launch.user = Some((owner.uid(), owner.gid()));
+            launch.program = folder.path().join("buildreactor");
+            std::fs::copy(PROGRAM, &launch.program).unwrap();
+            for path in [folder.path(), &launch.program] {
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            }
+        }
+        let namespace = ("BUILDREACTOR_WORKER_PID_NAMESPACE", if mode == Mode::Subreaper { "false" } else { "true" });
+        let mut daemon = Daemon::launch(launch, &db.url(), "w", &[settings, &[namespace]].concat());
+        daemon.ready().await;
+        let detail: String = db.one("SELECT detail FROM workers").await;
+        match mode {
+            Mode::Namespace if detail != "process trees: PID namespace" => {
+                println!("NOT TESTED, there are no namespaces here: {detail}");
+                return None;
+            }
+            Mode::Namespace => {}
+            Mode::Subreaper => assert_eq!(detail, "process trees: subreaper ([worker] pid_namespace is false)"),
+            Mode::OrdinaryUser => assert!(detail.starts_with("process trees: subreaper (unshare: "), "{detail}"),
+        }
+        Some(Worker { daemon, _program: folder })
+    }
+
+    /// Queues a build of a nasty script that ends with `end`, and waits until it has got there.
+    async fn run(&self, db: &Db, timeout: &str, end: &str) -> i64 {
+        let name = format!("b{}", crate::support::unique());
+        db.builder(&name, &format!("{NASTY}{end}\n")).await;
+        db.execute(&format!("UPDATE builders SET timeout = '{timeout}', max_attempts = 1")).await;
+        let id = db.enqueue(&name).await;
+        db.wait(&format!("SELECT coalesce(build_log_text({id}) = E'ready\\n', false)")).await;
+        id
+    }
+
+    async fn grown(&self) {
+        wait_for("its children", || async { processes_of(&self.daemon.state).len() > 150 }).await;
+    }
+
+    /// That nothing is left of its builds, at this moment. Some would show up only now and then, as they fork and end.
+    fn nothing_left(&self, when: &str) {
+        for _ in 0..3 {
+            assert_eq!(processes_of(&self.daemon.state), Vec::<i32>::new(), "{when}");
+        }
+    }
+
+    fn ours(&self, name: &str) -> i32 {
+        let keeper = self.daemon.keeper().expect("a keeper");
+        below(keeper).into_iter().find(|pid| name_of(*pid) == name).expect(name)
+    }
+
+    /// Leaves, and with it all that it ever started.
+    async fn leave(&mut self) {
+        assert_eq!(self.daemon.stop().await, Some(0));
+        wait_for("the keeper's end", || async { anything_of(&self.daemon.state).is_empty() }).await;
+    }
+}
+
+async fn told(db: &Db, id: i64) -> String {
+    db.finished(id).await;
+    db.one(&format!("SELECT concat_ws('|', state, exit_code, term_signal, detail) FROM builds WHERE id = {id}")).await
+}
+
+async fn ends_by_itself(mode: Mode) {
+    let db = Db::new().await;
+    let Some(mut worker) = Worker::start(mode, &db, &[HOUR]).await else { return };
+    for (end, expected) in [
+        ("sys.exit(0)", "passed|0"),
+        ("sys.exit(3)", "failed|3|exit code 3"),
+        ("os.kill(os.getpid(), 9)", "failed|9|ended by SIGKILL"),
+    ] {
+        let id = worker.run(&db, "1 hour", &format!("time.sleep(0.7)\n{end}")).await;
+        let told = told(&db, id).await;
+        worker.nothing_left(end);
+        assert_eq!(told, expected);
+    }
+    worker.leave().await;
+}
+
+async fn is_ended(mode: Mode) {
+    let db = Db::new().await;
+    let Some(mut worker) = Worker::start(mode, &db, &[HOUR]).await else { return };
+    const DEAF: &str = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)";
+    let id = worker.run(&db, "6 seconds", DEAF).await;
+    let timed_out = told(&db, id).await;
+    worker.nothing_left("timeout");
+    assert_eq!(timed_out, "timed_out|9|ran longer than its timeout of 6s");
+
+    let id = worker.run(&db, "1 hour", DEAF).await;
+    db.execute(&format!("SELECT cancel_build({id}, 'enough')")).await;
+    let cancelled = told(&db, id).await;
+    worker.nothing_left("cancel");
+    assert_eq!(cancelled, "cancelled|9|cancelled: enough");
+    worker.leave().await;
+}
+
+async fn loses_its_machinery(mode: Mode) {
+    let db = Db::new().await;
+    let Some(mut worker) = Worker::start(mode, &db, &SMALL).await else { return };
+    for (victim, expected) in [
+        ("br-guardian", "error|attempt 1 of 1 broke: its guardian was killed"),
+        ("br-keeper", "error|9|attempt 1 of 1 broke: its keeper was killed"),
+    ] {
+        let id = worker.run(&db, "1 hour", "time.sleep(600)").await;
+        worker.grown().await;
+        kill(Pid::from_raw(worker.ours(victim)), Signal::SIGKILL).unwrap();
+        let told = told(&db, id).await;
+        worker.nothing_left(victim);
+        assert_eq!(told, expected);
+    }
+    // A daemon that never comes back: its tree lives to the end of its lease, and some time to be killed.
+    let id = worker.run(&db, "1 hour", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)").await;
+    worker.grown().await;
+    worker.daemon.kill();
+    let killed = Instant::now();
+    wait_for("the end of its tree", || async { anything_of(&worker.daemon.state).is_empty() }).await;
+    let took = killed.elapsed();
+    worker.nothing_left("daemon killed");
+    // 3 s from the last ping, then 5 s from terminate to kill; all of it within the 13 s of grace.
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(13), "{took:?}");
+    worker.daemon.spawn_again();
+    // With its signal, if there was time to see it.
+    let told = told(&db, id).await;
+    assert!(told.ends_with("|attempt 1 of 1 lost: its claim was not confirmed within the lease"), "{told}");
+    worker.nothing_left("the next daemon");
+    worker.leave().await;
+}
+
+macro_rules! in_each_mode {
+    ($($what:ident: $namespace:ident $subreaper:ident $ordinary:ident;)*) => { $(
+        #[tokio::test]
+        async fn $namespace() {
+            $what(Mode::Namespace).await;
+        }
+
+        #[tokio::test]
+        async fn $subreaper() {
+            $what(Mode::Subreaper).await;
+        }
+
+        #[tokio::test]
+        async fn $ordinary() {
+            $what(Mode::OrdinaryUser).await;
+        }
+    )* };
+}
+
+in_each_mode! {
+    ends_by_itself: a_tree_that_ends_by_itself_in_a_namespace_leaves_nothing
+        a_tree_that_ends_by_itself_under_a_subreaper_leaves_nothing
+        a_tree_that_ends_by_itself_under_an_ordinary_user_leaves_nothing;
+    is_ended: a_tree_that_is_ended_in_a_namespace_leaves_nothing
+        a_tree_that_is_ended_under_a_subreaper_leaves_nothing
+        a_tree_that_is_ended_under_an_ordinary_user_leaves_nothing;
+    loses_its_machinery: a_tree_that_loses_guardian_keeper_or_daemon_in_a_namespace_leaves_nothing
+        a_tree_that_loses_guardian_keeper_or_daemon_under_a_subreaper_leaves_nothing
+        a_tree_that_loses_guardian_keeper_or_daemon_under_an_ordinary_user_leaves_nothing;
+}
+
+#[test]
+fn an_order_to_start_that_was_under_way_for_longer_than_the_lease_starts_nothing() {
+    let folder = temp_dir();
+    let (mut orders, theirs) = UnixStream::pair().unwrap();
+    let mut keeper = Command::new(PROGRAM)
+        .arg("keeper")
+        .arg(folder.path())
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .unwrap();
+    let mut answers = BufReader::new(orders.try_clone().unwrap()).lines();
+    assert!(answers.next().unwrap().unwrap().contains("hello"));
+    for (id, until_ms, expected) in [("1.1", 1, "lease_over"), ("2.1", u64::MAX / 2, "exited")] {
+        let dir = folder.path().join(id);
+        std::fs::create_dir(&dir).unwrap();
+        let order = serde_json::json!({
+            "say": "start", "id": id, "command": ["/bin/sh", "-c", "touch ran"], "workdir": dir, "env": [], "dir": dir,
+            "timeout_ms": 60_000, "silence_ms": null, "kill_after_ms": 5000, "file_limit": 1000, "until_ms": until_ms, "namespace": false
+        });
+        writeln!(orders, "{order}").unwrap();
+        let ended: serde_json::Value = serde_json::from_str(&answers.next().unwrap().unwrap()).unwrap();
+        assert_eq!(ended["status"]["end"], expected);
+        assert_eq!(dir.join("ran").exists(), expected == "exited");
+    }
+    drop((orders, answers));
+    assert!(keeper.wait().unwrap().success());
+}
