@@ -23,7 +23,7 @@ const SMALL: [(&str, &str); 4] = [
 ];
 
 /// Leaves processes behind in every way that we know: daemons by setsid and a double fork, one of them deaf to SIGTERM and without our
-/// pipes, nohup, and 200 short-lived ones that each fork their successor, and one more when they are told to end. All in all some
+/// pipes, nohup, and 200 more, of which some live short and fork their successor, and one more when they are told to end. All in all some
 /// 130 forks a second; more would take all of a small machine. Bounded in number and in time, in case we fail.
 const NASTY: &str = r#"#!/usr/bin/env python3
 import os, random, signal, subprocess, sys, time
