@@ -203,6 +203,7 @@ async fn cut_off(lost: Lost, settings: &[(&str, &str)], limits: (Duration, Durat
         "it is dead before another starts it"
     );
     assert!(beats(&file).iter().all(|(attempt, _)| *attempt == 1));
+    first.says(&format!("is stopped: its claim was lost for longer than the lease of {} s", lease.as_secs())).await;
     let verdict = format!("SELECT state = 'passed' FROM builds WHERE id = {id}");
     db.wait_within(at_most + Duration::from_secs(30), &verdict).await;
     let all = beats(&file);

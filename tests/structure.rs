@@ -90,3 +90,27 @@ fn unsafe_stands_in_one_place() {
         .collect();
     assert_eq!(places, ["fork.rs"]);
 }
+
+/// Each row of the tables in docs/FAILURES.md names tests, or says that there is none; and these exist.
+#[test]
+fn the_tests_named_in_the_table_of_failures_exist() {
+    let at = |path: &str| std::fs::read_to_string(format!("{}/{path}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    let document = at("docs/FAILURES.md");
+    let mut named = 0;
+    for row in document.lines().filter(|line| line.starts_with("| ")) {
+        let last = row.trim_end_matches('|').rsplit('|').next().unwrap().trim();
+        let tests: Vec<(&str, &str)> = last.split('`').filter_map(|word| word.split_once("::")).collect();
+        assert!(!tests.is_empty() || last.contains("no test") || last == "tests", "{row}");
+        for (module, test) in tests {
+            let source = at(&format!("tests/{module}.rs"));
+            let found = source.match_indices(test).any(|(start, _)| {
+                let (before, after) = (&source[..start], &source[start + test.len()..]);
+                // A function, or a name that a macro makes one of.
+                (before.ends_with("fn ") || before.ends_with([' ', '\n'])) && after.starts_with(['(', '\n', ';', ' '])
+            });
+            assert!(found, "tests/{module}.rs has no {test}");
+            named += 1;
+        }
+    }
+    assert!(named > 30, "{named}");
+}
