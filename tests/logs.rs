@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Daemon, Db, temp_dir, wait_for};
+use buildreactor::database::conninfo::ConnInfo;
+use buildreactor::embedded::{Options, Server, StopMode};
+
+use crate::support::{Daemon, Db, connect, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
@@ -139,4 +142,37 @@ async fn a_log_that_cannot_be_written_does_not_stop_the_result() {
     assert_eq!(db.finished(id).await, "passed");
     daemon.says("its file on this worker has it all").await;
     assert_eq!(std::fs::read_to_string(daemon.state.path().join("w/attempts/1.1/log")).unwrap(), "hello\n");
+}
+
+#[tokio::test]
+async fn a_crash_of_the_server_leaves_no_gap_in_a_log() {
+    let folder = temp_dir();
+    let (pg, gate) = (folder.path().join("pg"), folder.path().join("gate"));
+    std::fs::create_dir_all(&pg).unwrap();
+    // What is committed without waiting for the disk is lost for certain.
+    let settings = vec![("wal_writer_delay".to_owned(), "10s".to_owned())];
+    let options = Options { dir: Some(pg), settings, ..Options::default() };
+    let mut server = tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap();
+    let url = server.url("postgres");
+    buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&url)).unwrap()).await.unwrap();
+    let script = format!("echo one; while [ ! -e {} ]; do sleep 0.05; done; echo two", gate.display());
+    let client = connect(&url).await;
+    client.execute("INSERT INTO builders (name, script) VALUES ('b', $1)", &[&script]).await.unwrap();
+    let _daemon =
+        Daemon::start_at(&url, "w", &[("BUILDREACTOR_REACTOR_POLL", "1h"), ("BUILDREACTOR_LEASE_PING", "300ms")]).await;
+    client.execute("INSERT INTO build_queue (builder) VALUES ('b')", &[]).await.unwrap();
+    let log = async |client: &tokio_postgres::Client| -> Option<String> {
+        client.query_one("SELECT build_log_text(1)", &[]).await.unwrap().get(0)
+    };
+    wait_for("the first line", || async { log(&client).await.as_deref() == Some("one\n") }).await;
+    let server = tokio::task::spawn_blocking(move || {
+        server.restart(StopMode::Immediate).unwrap();
+        server
+    });
+    let _server = server.await.unwrap();
+    std::fs::write(&gate, "").unwrap();
+    let client = connect(&url).await;
+    let passed = "SELECT state = 'passed' FROM builds";
+    wait_for("the build", || async { client.query_one(passed, &[]).await.unwrap().get(0) }).await;
+    assert_eq!(log(&client).await.as_deref(), Some("one\ntwo\n"));
 }
