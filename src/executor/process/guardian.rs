@@ -23,7 +23,7 @@ use rustix::process::{WaitOptions, wait};
 use super::fork::with_no_signal_blocked;
 use super::namespace::{Namespace, Told};
 use super::protocol::{End, Spec, Status};
-use super::tree::{descendants, signal_descendants};
+use super::tree::{cannot_be_killed, descendants, signal_descendants};
 use crate::clock::boottime;
 use crate::logs::file::OutputWriter;
 
@@ -38,8 +38,10 @@ pub const STATUS: &str = "status.json";
 
 /// A larger pipe lets the build write on while the guardian is not scheduled; the default limit for ordinary users.
 const PIPE_BYTES: i32 = 1 << 20;
-/// How long to go on killing a tree that will not die (processes of another user) before saying so.
+/// How long to go on killing a tree of which only processes of another user are left before saying so.
 const GIVE_UP: Duration = Duration::from_secs(10);
+/// Between terminate and kill at the end of a lease: with it the killing has most of the 10 s that `grace` leaves.
+const AFTER_LEASE: Duration = Duration::from_secs(2);
 /// How long the init of a namespace outlives the first order to kill its tree.
 const INIT_LAST: Duration = Duration::from_millis(50);
 /// Between two rounds of killing.
@@ -156,7 +158,11 @@ impl<'a> Guardian<'a> {
             if let Phase::Killing { since, .. } = self.phase
                 && boottime().saturating_sub(since) > GIVE_UP
             {
-                break u32::try_from(descendants(getpid()).len()).unwrap_or(u32::MAX);
+                let left = descendants(getpid());
+                // What can be killed will be gone, however slow the machine; nobody is told before.
+                if left.iter().all(|pid| cannot_be_killed(*pid)) {
+                    break u32::try_from(left.len()).unwrap_or(u32::MAX);
+                }
             }
         };
         self.drain();
@@ -271,8 +277,10 @@ impl<'a> Guardian<'a> {
             signal_descendants(getpid(), Signal::SIGTERM, |_| true);
             // Stopped processes act on SIGTERM only once they go on.
             signal_descendants(getpid(), Signal::SIGCONT, |_| true);
-            self.phase =
-                Phase::Terminating { end, kill_at: boottime() + Duration::from_millis(self.spec.kill_after_ms) };
+            let patience = Duration::from_millis(self.spec.kill_after_ms);
+            // Others may start the build soon, and this machine may be slow.
+            let patience = if end == End::LeaseOver { patience.min(AFTER_LEASE) } else { patience };
+            self.phase = Phase::Terminating { end, kill_at: boottime() + patience };
         }
     }
 

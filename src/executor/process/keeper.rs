@@ -39,9 +39,9 @@ pub const LOCK: &str = "keeper.lock";
 /// Name of the socket in the worker's folder.
 pub const SOCKET: &str = "keeper.sock";
 
-/// After this long a guardian that was told of the end of its lease is killed itself. Its own terminate and kill take 5 s, and all of it
+/// After this long a guardian that was told of the end of its lease is killed itself. Its own terminate and kill take 2 s, and all of it
 /// must fit into the 10 s that `grace` leaves.
-const IMPATIENCE: Duration = Duration::from_secs(7);
+const IMPATIENCE: Duration = Duration::from_secs(4);
 /// A guardian that does not die (it may wait for a disk) is killed again after this time.
 const AGAIN: Duration = Duration::from_millis(500);
 /// How long the orphans of guardians that vanished are hunted, in rounds of 5 ms, before the keeper turns to other leases.

@@ -19,7 +19,7 @@ use self::protocol::{End, Spec, Status};
 use super::{Begin, Executor, Folders, Running, Tether};
 use crate::model::{Ended, Exit, Job, Outcome, Usage, clean_line};
 
-/// Between terminate and kill. With the killing itself this stays within the 10 s that `grace` leaves for it.
+/// Between terminate and kill, but for the end of a lease.
 pub const KILL_AFTER: Duration = Duration::from_secs(5);
 
 /// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.

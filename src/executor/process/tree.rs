@@ -65,6 +65,15 @@ fn parent_of(pid: i32) -> Option<i32> {
     fields.nth(1)?.parse().ok()
 }
 
+/// Whether SIGKILL does nothing to a process: it is another user's, or dead and waited for by nobody.
+pub fn cannot_be_killed(pid: Pid) -> bool {
+    if kill(pid, Signal::SIGKILL) == Err(nix::errno::Errno::EPERM) {
+        return true;
+    }
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rfind(')').is_some_and(|end| stat[end..].starts_with(") Z"))
+}
+
 /// Sends `signal` to every descendant of `root` that `which` names.
 pub fn signal_descendants(root: Pid, signal: Signal, which: impl Fn(Pid) -> bool) {
     for pid in descendants(root).into_iter().filter(|pid| which(*pid)) {
