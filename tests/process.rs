@@ -241,6 +241,39 @@ async fn a_tree_of_any_shape_dies_with_its_daemon_its_keeper_or_its_guardian() {
     wait_for("no process left", || async { processes_of(&state).is_empty() }).await;
 }
 
+/// A daemon that was stopped between claiming a build and starting it gives this order when it goes on.
+#[test]
+fn a_keeper_starts_nothing_whose_lease_is_over() {
+    use std::io::{BufRead, BufReader, Write};
+    let folder = temp_dir();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::create_dir_all(path("attempt")).unwrap();
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut keeper = std::process::Command::new(crate::support::PROGRAM)
+        .arg("keeper")
+        .arg(folder.path())
+        .stdin(std::process::Stdio::from(std::os::fd::OwnedFd::from(theirs)))
+        .spawn()
+        .unwrap();
+    let mut heard = BufReader::new(ours.try_clone().unwrap()).lines();
+    assert!(heard.next().unwrap().unwrap().contains("hello"));
+    let now = u64::try_from(buildreactor::clock::boottime().as_millis()).unwrap();
+    for (id, until) in [("1.1", now - 1), ("1.2", now + 600_000)] {
+        let touch = format!("touch {}", path(id));
+        let spec = serde_json::json!({
+            "say": "start", "id": id, "command": ["/bin/sh", "-c", touch], "workdir": path(""), "env": [], "dir": path("attempt"),
+            "timeout_ms": 60_000, "silence_ms": null, "kill_after_ms": 5000, "file_limit": 1000, "until_ms": until, "namespace": true,
+        });
+        ours.write_all(format!("{spec}\n").as_bytes()).unwrap();
+        let ended = heard.next().unwrap().unwrap();
+        let started = until > now;
+        assert!(ended.contains(if started { "exited" } else { "lease_over" }), "{ended}");
+        assert_eq!(std::path::Path::new(&path(id)).exists(), started, "{ended}");
+    }
+    drop((ours, heard));
+    assert!(keeper.wait().unwrap().success());
+}
+
 #[tokio::test]
 async fn builds_beside_one_whose_guardian_is_killed_lose_no_process() {
     let db = Db::new().await;

@@ -259,6 +259,10 @@ impl Keeper {
         if self.guardians.values().any(|guardian| guardian.id == spec.id) {
             return self.ended(spec.id.clone(), Status::without_process(End::NotStarted("it runs already".to_owned())));
         }
+        // Of a daemon that was stopped between its claim and this order: others may have started the build meanwhile.
+        if boottime() >= Duration::from_millis(spec.until_ms) {
+            return self.ended(spec.id.clone(), Status::without_process(End::LeaseOver));
+        }
         let forked = std::io::pipe().and_then(|(reader, writer)| Ok((reader, writer, fork_single_threaded()?)));
         match forked {
             Ok((status, _, ForkResult::Parent { child })) => {
