@@ -50,6 +50,10 @@ const ROUND: Duration = Duration::from_millis(5);
 /// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards. `namespaces`: whether they can be
 /// made here.
 pub fn guard(spec: &Spec, keeper: Pid, namespaces: bool) -> Status {
+    // Once more: the keeper looked before the fork.
+    if boottime() >= Duration::from_millis(spec.until_ms) {
+        return Status::without_process(End::LeaseOver);
+    }
     match Guardian::start(spec, keeper, namespaces && spec.namespace) {
         Ok(guardian) => guardian.run(),
         Err(why) => Status::without_process(End::NotStarted(why)),
