@@ -31,10 +31,10 @@ GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer";
 SET LOCAL search_path = :"schema";
 
 -- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
-GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats TO :"viewer";
-GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_locks, build_schedules, workers TO :"viewer";
+GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats, mail_status TO :"viewer";
+GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_locks, build_schedules, build_subscriptions, build_mail, workers TO :"viewer";
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
-              retry_failed, keep_workspace, paused, paused_reason) ON builders TO :"viewer";
+              retry_failed, keep_workspace, paused, paused_reason, branch_property) ON builders TO :"viewer";
 
 -- build_submitter is a viewer who may ask for builds, and nothing else: a trigger writes the rest of the row in builds.
 GRANT :"viewer" TO :"submitter";
@@ -46,7 +46,7 @@ GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
 -- They only read builders: a worker that was broken into cannot change what the others run.
 GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_queue TO :"worker";
-GRANT UPDATE ON build_schedules TO :"worker";
+GRANT UPDATE ON build_schedules, build_mail TO :"worker";
 GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
