@@ -34,11 +34,12 @@ pub fn last_lines(log: &str, most: usize) -> String {
     lines.join("\n")
 }
 
-/// `2 h 3 min`, `3 min 12 s`, `1.2 s`: two units at most.
+/// `2 h 3 min`, `3 min 12 s`, `1.2 s`, `250 ms`: two units at most.
 pub fn span(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
-        0..=9 => format!("{:.1} s", time.as_secs_f64()),
+        0 => format!("{} ms", time.as_millis()),
+        1..=9 => format!("{:.1} s", time.as_secs_f64()),
         10..=59 => format!("{seconds} s"),
         60..=3599 => format!("{} min {} s", seconds / 60, seconds % 60),
         3600..=86_399 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
@@ -110,6 +111,6 @@ mod tests {
     #[test]
     fn spans_are_for_people() {
         let shown = [0.25, 9.96, 59.9, 192.0, 7380.0, 90_000.0].map(|s| span(Duration::from_secs_f64(s)));
-        assert_eq!(shown, ["0.2 s", "10.0 s", "59 s", "3 min 12 s", "2 h 3 min", "1 d 1 h"]);
+        assert_eq!(shown, ["250 ms", "10.0 s", "59 s", "3 min 12 s", "2 h 3 min", "1 d 1 h"]);
     }
 }
