@@ -33,10 +33,10 @@ GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer", :"operato
 SET LOCAL search_path = :"schema";
 
 -- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
-GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats TO :"viewer";
-GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_locks, build_schedules, workers TO :"viewer";
+GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats, mail_status TO :"viewer";
+GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_locks, build_schedules, build_subscriptions, build_mail, workers TO :"viewer";
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
-              retry_failed, keep_workspace, paused, paused_reason) ON builders TO :"viewer";
+              retry_failed, keep_workspace, paused, paused_reason, branch_property) ON builders TO :"viewer";
 
 -- build_submitter is a viewer who may ask for builds, and nothing else: a trigger writes the rest of the row in builds.
 GRANT :"viewer" TO :"submitter";
@@ -48,14 +48,14 @@ GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
 -- schedules. Not what a builder runs, nor results, nor the history.
 GRANT :"submitter" TO :"operator";
 GRANT EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
-    resume_builder(text), drain_worker(text) TO :"operator";
+    resume_builder(text), drain_worker(text), retry_mail(bigint), discard_mail(bigint) TO :"operator";
 GRANT INSERT, UPDATE, DELETE ON build_schedules TO :"operator";
 
 -- build_worker is for daemons: they claim (which needs UPDATE on the queue), record, write logs and report in.
 -- They only read builders: a worker that was broken into cannot change what the others run.
 GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_queue TO :"worker";
-GRANT UPDATE ON build_schedules TO :"worker";
+GRANT UPDATE ON build_schedules, build_mail TO :"worker";
 GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";

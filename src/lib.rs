@@ -8,6 +8,7 @@ pub mod database;
 pub mod embedded;
 pub mod executor;
 pub mod logs;
+pub mod mail;
 pub mod model;
 pub mod reactor;
 pub mod report;

@@ -10,6 +10,7 @@ mod deploy;
 mod faults;
 mod leases;
 mod logs;
+mod mail;
 mod netns;
 mod process;
 mod queue;

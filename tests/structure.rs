@@ -10,6 +10,7 @@ const ROOMS: &[&[&str]] = &[
     &["reactor"],
     &["executor"],
     &["logs"],
+    &["mail"],
     &["database"],
     &["embedded"],
     &["config"],

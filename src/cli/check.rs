@@ -11,10 +11,18 @@ use crate::config::{Config, KILL_TIME, Worker};
 use crate::database::SessionLimits;
 use crate::database::examine::{Asked, Finding, Findings, Level, examine};
 use crate::executor::Folders;
+use crate::mail::Mailer;
 use crate::report::Chain;
 
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Also send a test mail to ADDRESS, as [mail] says
+    #[arg(long, value_name = "ADDRESS")]
+    mail: Option<String>,
+}
+
 /// Looks at everything a worker needs, one line each; fails when there is a problem.
-pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
+pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCode> {
     let mut found = Findings::default();
     found.ok("configuration", config.source());
     let worker = config.worker.clone();
@@ -27,6 +35,7 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     if let Some(error) = &refused {
         found.problem("connection", Chain(error.as_ref()).to_string());
     }
+    mail(arguments.mail.as_deref(), config, &mut found).await;
     print(&found)?;
     Ok(match refused {
         Some(error) => ExitCode::from(super::exit_code(&error)),
@@ -46,6 +55,38 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<()> {
         deletes_builds: config.retention.builds.is_some() || config.retention.builds_per_builder.is_some(),
     };
     Ok(examine(&info, &asked, found).await?)
+}
+
+/// The settings and templates; and a mail to `address`.
+async fn mail(address: Option<&str>, config: &Config, found: &mut Findings) {
+    const SUBJECT: &str = "mail";
+    if !config.mail.is_on() {
+        let off = "this daemon sends none: [mail] has neither url nor dry_run";
+        return if address.is_some() { found.problem(SUBJECT, off) } else { found.ok(SUBJECT, off) };
+    }
+    let mut mailer = match Mailer::new(&config.mail) {
+        Ok(mailer) => mailer,
+        Err(error) => return found.problem(SUBJECT, error.to_string()),
+    };
+    let place = mailer.describe();
+    let Some(address) = address else {
+        let text = format!("settings and templates are good; `buildreactor check --mail ADDRESS` sends one to {place}");
+        return found.ok(SUBJECT, text);
+    };
+    let letter = match mailer.write_test(address) {
+        Ok(letter) => letter,
+        Err(error) => return found.problem(SUBJECT, error.to_string()),
+    };
+    if !mailer.allows(address) {
+        found.note(SUBJECT, format!("`{address}` is in none of [mail] domains: builds send no mail there"));
+    }
+    match mailer.deliver(&letter).await {
+        Ok(()) => found.ok(SUBJECT, format!("{place} has taken a mail to {address}")),
+        Err(failure) => {
+            found.problem(SUBJECT, format!("{place} has not taken a mail to {address}: {}", failure.words()))
+        }
+    }
+    mailer.rest().await;
 }
 
 fn print(found: &Findings) -> io::Result<()> {

@@ -54,7 +54,7 @@ enum Command {
     /// Create or upgrade the tables, views and functions in the database; safe to run twice, and while builds run
     Migrate,
     /// Look for whatever would keep a worker from working: folder, database, pooler, privileges, limits; one line each
-    Check,
+    Check(check::Arguments),
     /// Show what waits, runs and has finished; or wait for one build: exits with 0 if it passed, else 1
     Watch(watch::Arguments),
     /// Print the log of a build; -f follows it until the build ends
@@ -104,7 +104,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         match arguments.command {
             Command::Run(arguments) => run::run(arguments, config).await,
             Command::Migrate => migrate::run(&config).await,
-            Command::Check => check::run(&config).await,
+            Command::Check(arguments) => check::run(arguments, &config).await,
             Command::Watch(arguments) => watch::run(arguments, &config).await,
             Command::Log(arguments) => log::run(arguments, &config).await,
             Command::Demo(arguments) => demo::run(arguments).await,
@@ -147,7 +147,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             DaemonError::Database(error) => database_exit_code(error),
             // Somebody else's lock, a full disk: a supervisor should try again.
             DaemonError::Folder { source, .. } if is_passing(source) => exit::TEMPFAIL,
-            DaemonError::Schema(_) | DaemonError::Folder { .. } => exit::CONFIG,
+            DaemonError::Schema(_) | DaemonError::Folder { .. } | DaemonError::Mail(_) => exit::CONFIG,
             DaemonError::Signals(_) => exit::SOFTWARE,
         };
     }

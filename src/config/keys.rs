@@ -7,8 +7,8 @@ use super::Config;
 use super::value::{DAY, Value};
 
 /// Sections of the design whose behaviour does not exist yet. An issue that adds one takes it out
-/// here and adds its keys to [`KEYS`].
-pub(super) const NOT_YET: &[&str] = &["mail", "buildbot", "kick", "http"];
+/// here and adds its keys to [`all`].
+pub(super) const NOT_YET: &[&str] = &["buildbot", "kick", "http"];
 
 /// One setting.
 pub(super) struct Key {
@@ -44,7 +44,12 @@ const AGE_MUST: &str = "a duration with a unit, from 1 s to 36500 days (left out
 const LEASE_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=DAY;
 const LEASE_MUST: &str = "a duration with a unit, from 1 ms to 1 day";
 
-pub(super) static KEYS: &[Key] = &[
+/// Those of `[mail]` are in a file of their own.
+pub(super) fn all() -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().chain(super::mail::KEYS)
+}
+
+static KEYS: &[Key] = &[
     Key {
         section: "database",
         name: "url",
@@ -173,9 +178,9 @@ pub(super) static KEYS: &[Key] = &[
     },
 ];
 
-/// The sections of [`KEYS`], each once.
+/// The sections of [`all`] keys, each once.
 pub(super) fn sections() -> Vec<&'static str> {
-    let mut sections: Vec<_> = KEYS.iter().map(|key| key.section).collect();
+    let mut sections: Vec<_> = all().map(|key| key.section).collect();
     sections.dedup();
     sections
 }

@@ -1,10 +1,11 @@
 //! Settings: built-in defaults, overridden by one TOML file, overridden by the environment.
 //!
-//! Every key stands once, in [`keys::KEYS`], with the parser that the file and the environment
+//! Every key stands once, in [`keys::all`], with the parser that the file and the environment
 //! share. Reading goes on after an error, so that one run shows all that is wrong; nothing is
 //! ever ignored, because a misspelt key that is ignored is a setting the operator believes in.
 
 mod keys;
+mod mail;
 mod reader;
 #[cfg(test)]
 mod refusals;
@@ -15,6 +16,8 @@ mod value;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use self::mail::{Auth, Mail, Server, StartTls};
 
 /// Where the file is looked for without `--config`. It need not exist.
 pub const DEFAULT_FILE: &str = "/etc/buildreactor/buildreactor.toml";
@@ -33,6 +36,7 @@ pub struct Config {
     pub lease: Lease,
     pub log: Log,
     pub retention: Retention,
+    pub mail: Mail,
     file: Option<PathBuf>,
     overrides: Vec<String>,
 }

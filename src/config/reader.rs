@@ -8,15 +8,16 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{KEYS, Key, NOT_YET, nearest, sections};
+use super::keys::{self, Key, NOT_YET, nearest, sections};
 use super::value::{Value, is_worker_name, one_line, quoted, wrong_type};
 use super::{Config, ConfigErrors, KILL_TIME};
 
 const PREFIX: &str = "BUILDREACTOR_";
 
-/// Variables with our prefix that are no settings: read by the embedded server, the logger, clap
-/// and the tests.
-const OTHER_VARIABLES: &[&str] = &["BUILDREACTOR_PG_BIN", "BUILDREACTOR_LOG", "BUILDREACTOR_CONFIG"];
+/// Variables with our prefix that are no settings: read by the embedded server, the logger, clap,
+/// the mail room (no configuration file is to hold a password) and the tests.
+const OTHER_VARIABLES: &[&str] =
+    &["BUILDREACTOR_PG_BIN", "BUILDREACTOR_LOG", "BUILDREACTOR_CONFIG", "BUILDREACTOR_MAIL_PASSWORD"];
 const TEST_PREFIX: &str = "BUILDREACTOR_TEST_";
 
 /// `("lease", "grace")`.
@@ -96,8 +97,8 @@ impl Reader {
             let section = section.get_ref().as_ref();
             match value.get_ref() {
                 _ if NOT_YET.contains(&section) => found.push((line, not_yet(section))),
-                DeValue::Table(keys) if sections().contains(&section) => {
-                    for (name, value) in keys {
+                DeValue::Table(entries) if sections().contains(&section) => {
+                    for (name, value) in entries {
                         let line = position(text.as_bytes(), name.span().start).0;
                         let name = name.get_ref();
                         let place = format!("{file}:{line}");
@@ -117,8 +118,8 @@ impl Reader {
 
     /// One key of a known section.
     fn entry(&mut self, section: &str, name: &str, value: &DeValue<'_>, place: String) -> Result<(), String> {
-        let is_it = |key: &&Key| key.section == section && key.name == name;
-        let Some(key) = KEYS.iter().find(is_it) else {
+        let is_it = |key: &&'static Key| key.section == section && key.name == name;
+        let Some(key) = keys::all().find(is_it) else {
             return Err(unknown_key(section, name));
         };
         self.set(key, &Value::File(value), place).map_err(|wrong| {
@@ -138,11 +139,11 @@ impl Reader {
         let ordered = variables.iter().filter(shared);
         let mut overrides: BTreeMap<Id, String> = BTreeMap::new();
         for (variable, value) in ordered.chain(variables.iter().filter(own)) {
-            let is_it = |key: &&Key| match variable.as_str() {
+            let is_it = |key: &&'static Key| match variable.as_str() {
                 "DATABASE_URL" => key.section == "database" && key.name == "url",
                 other => key.variable() == other,
             };
-            let Some(key) = KEYS.iter().find(is_it) else {
+            let Some(key) = keys::all().find(is_it) else {
                 self.errors.push(format!("{variable}: {}", unknown_variable(variable)));
                 continue;
             };
@@ -199,6 +200,15 @@ impl Reader {
                 &least,
             );
         }
+        if self.config.mail.shows_password() {
+            let id = ("mail", "starttls");
+            let place = self.places.get(&id).or_else(|| self.places.get(&("mail", "user")));
+            let place = place.map_or_else(String::new, |place| format!("{place}: "));
+            self.errors.push(format!(
+                "{place}mail.starttls: others on the network could read the password, with `user` it must be \
+                 `required`, or `url` must name this machine"
+            ));
+        }
         let log = self.config.log.clone();
         if log.file_limit < log.database_limit {
             let (is, least) = (human_size(log.file_limit), human_size(log.database_limit));
@@ -248,7 +258,7 @@ fn wrong_section(section: &str, value: &DeValue<'_>) -> String {
         | DeValue::Boolean(_)
         | DeValue::Datetime(_)
         | DeValue::Array(_) => {
-            let owner = KEYS.iter().find(|key| key.name == section);
+            let owner = keys::all().find(|key| key.name == section);
             let cure = owner.map_or_else(String::new, |key| format!(", move it below a line `[{}]`", key.section));
             format!("unknown key {shown} outside of any section{cure}")
         }
@@ -256,12 +266,12 @@ fn wrong_section(section: &str, value: &DeValue<'_>) -> String {
 }
 
 fn unknown_key(section: &str, name: &str) -> String {
-    let known = || KEYS.iter().filter(|key| key.section == section);
+    let known = || keys::all().filter(|key| key.section == section);
     let unknown = format!("{section}.{}: unknown key", one_line(name));
     if let Some(near) = nearest(name, known().map(|key| key.name)) {
         return format!("{unknown}, did you mean `{near}`?");
     }
-    if let Some(key) = KEYS.iter().find(|key| key.name == name) {
+    if let Some(key) = keys::all().find(|key| key.name == name) {
         return format!("{unknown}, did you mean the one in `[{}]`?", key.section);
     }
     let names: Vec<_> = known().map(|key| key.name).collect();
@@ -275,7 +285,7 @@ fn unknown_variable(variable: &str) -> String {
         return not_yet(&section);
     }
     // Without the prefix, in which nothing can differ.
-    let known: Vec<String> = KEYS.iter().map(|key| key.variable()).collect();
+    let known: Vec<String> = keys::all().map(|key| key.variable()).collect();
     let known = known.iter().filter_map(|name| name.strip_prefix(PREFIX));
     match nearest(rest, known) {
         Some(near) => format!("unknown variable, did you mean `{PREFIX}{near}`?"),

@@ -1,22 +1,25 @@
 //! Builds everything in order, listens to signals, stops in order.
 
 mod janitor;
+mod postman;
 mod retention;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
+use self::postman::Postman;
 use crate::config::{Config, KILL_TIME};
 use crate::database::migrate::{SchemaState, known_version, schema_state};
 use crate::database::queries::Hello;
 use crate::database::{ConnInfo, Database, DatabaseError, SessionLimits};
 use crate::executor::{Folders, Registry, process};
+use crate::mail::{MailError, Mailer};
 pub use crate::reactor::Left;
 use crate::reactor::herald::Herald;
 use crate::reactor::{self, Order, Outage, Reactor, Shared};
@@ -49,6 +52,9 @@ pub enum DaemonError {
         /// Why.
         source: std::io::Error,
     },
+    /// `[mail]` cannot work as it is.
+    #[error(transparent)]
+    Mail(#[from] MailError),
     /// Signals cannot be received.
     #[error("cannot listen to signals: {0}")]
     Signals(std::io::Error),
@@ -59,6 +65,7 @@ pub enum DaemonError {
 /// # Errors
 /// It could not start. A database that is down is waited for, at the start too.
 pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
+    let mailer = config.mail.is_on().then(|| Mailer::new(&config.mail)).transpose()?;
     let (orders, receive_orders) = mpsc::unbounded_channel();
     let leaving = CancellationToken::new();
     let signals = listen_to_signals(orders, leaving.clone())?;
@@ -95,11 +102,19 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     // The server lets go of a claim later than we do (lease), and earlier than others take it over (grace).
     let limits = SessionLimits { slots: worker.slots, claim_idle: config.lease.lease + KILL_TIME };
     let database = Database::new(info, limits, &format!("buildreactor {}", worker.name))?;
-    let (herald, proclaim) = Herald::new(database.clone());
+    let bell = Arc::new(Notify::new());
+    let (herald, proclaim) = Herald::new(database.clone(), Arc::clone(&bell));
     let proclaim = crate::tasks::spawn(proclaim);
     let tidying = TaskTracker::new();
     let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
     let janitor = crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
+    let stopping = CancellationToken::new();
+    let postman = mailer.map(|mailer| {
+        // No other daemon calls itself so, not even the next one of this worker: that one must not take this one's mail for its own.
+        let name = format!("{} {} {}", worker.name, hello.pid, jiff::Timestamp::now());
+        let (database, stopping) = (database.clone(), stopping.clone());
+        crate::tasks::spawn(Postman { database, mailer, name, bell, stopping }.run())
+    });
     let (giving_back, giving_up) = (CancellationToken::new(), CancellationToken::new());
     let shared = Arc::new(Shared {
         database,
@@ -137,10 +152,16 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         () = gone => Ok(Left::Ordered),
     };
     drop((signals, janitor, retention, deadline));
+    stopping.cancel();
     tidying.close();
     // The reactor has dropped its heralds; what they said is still sent, and old folders removed, but not for ever.
     let farewell = async {
         tidying.wait().await;
+        if let Some(postman) = postman
+            && let Err(error) = postman.await
+        {
+            tracing::error!("the postman failed, please report this: {error}");
+        }
         if let Err(error) = proclaim.await {
             tracing::debug!(%error, "events were not sent");
         }

@@ -8,7 +8,7 @@ pub mod claim;
 pub mod conninfo;
 mod error;
 pub mod examine;
-
+pub mod mail;
 pub mod migrate;
 pub mod queries;
 pub mod reading;

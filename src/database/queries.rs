@@ -37,6 +37,16 @@ statements! {
     LOOK_MINE = "look_mine.sql";
     LOOK_NEW = "look_new.sql";
     LOOK_UNLOCKED = "look_unlocked.sql";
+    MAIL_AGAIN = "mail_again.sql";
+    MAIL_COUNT = "mail_count.sql";
+    MAIL_DUE = "mail_due.sql";
+    MAIL_END = "mail_end.sql";
+    MAIL_FACTS = "mail_facts.sql";
+    MAIL_GIVE_UP = "mail_give_up.sql";
+    MAIL_HOLD = "mail_hold.sql";
+    MAIL_SENT = "mail_sent.sql";
+    MAIL_TAKE = "mail_take.sql";
+    MAIL_WAIT = "mail_wait.sql";
     NEXT_DUE = "next_due.sql";
     NOTIFY = "notify.sql";
     PROMOTE_DUE = "promote_due.sql";

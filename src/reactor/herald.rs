@@ -1,7 +1,9 @@
 //! Tells listeners what happened: `build_events`, and a wake for other workers. After the COMMIT it tells about, in
 //! transactions of its own, many at once: a notifying COMMIT takes a lock on the whole cluster.
 
-use tokio::sync::mpsc;
+use std::sync::Arc;
+
+use tokio::sync::{Notify, mpsc};
 
 use crate::database::Database;
 use crate::model::AttemptId;
@@ -13,6 +15,7 @@ const MOST: usize = 200;
 #[derive(Clone)]
 pub struct Herald {
     send: mpsc::UnboundedSender<News>,
+    bell: Arc<Notify>,
 }
 
 enum News {
@@ -34,13 +37,17 @@ struct Event<'a> {
 
 impl Herald {
     /// A herald and the future that speaks for it; the future ends when every herald is dropped and all is said.
-    pub fn new(database: Database) -> (Herald, impl Future<Output = ()> + Send) {
+    /// `bell` is rung for those of this daemon when a build has ended: its mails are in the outbox.
+    pub fn new(database: Database, bell: Arc<Notify>) -> (Herald, impl Future<Output = ()> + Send) {
         let (send, receive) = mpsc::unbounded_channel();
-        (Herald { send }, proclaim(database, receive))
+        (Herald { send, bell }, proclaim(database, receive))
     }
 
     /// `event`: started, finished or retried.
     pub fn event(&self, id: AttemptId, builder: &str, worker: &str, state: &str, event: &str) {
+        if event == "finished" {
+            self.bell.notify_one();
+        }
         let event = Event {
             build_id: id.build.0,
             builder,

@@ -2,6 +2,7 @@
 
 pub mod dice;
 pub mod proxy;
+pub mod smtp;
 
 use std::future::Future;
 use std::io::{BufRead, BufReader};

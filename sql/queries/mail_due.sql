@@ -1,0 +1,7 @@
+-- The mail that is due first, locked; also one whose sender has not said in time what became of it. now(), because the index is to be
+-- read up to it and no further.
+-- Locks: that row of build_mail. One that another daemon is claiming is passed over.
+SELECT m.id, m.address, m.digest
+FROM build_mail m
+WHERE m.state IN ('waiting', 'sending') AND m.next_at <= now()
+ORDER BY m.next_at, m.id LIMIT 1 FOR UPDATE SKIP LOCKED

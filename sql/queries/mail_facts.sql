@@ -1,0 +1,25 @@
+-- What a mail says about its build. What a later attempt has overwritten in builds is null.
+-- $1 row of build_mail
+SELECT a.worker, a.started_at, a.finished_at, a.exit_code, a.term_signal, a.external_url,
+       CASE WHEN b.attempt = m.attempt THEN b.detail ELSE a.detail END AS detail,
+       extract(epoch FROM a.finished_at - a.started_at)::float8 AS ran_seconds,
+       CASE WHEN b.attempt = m.attempt THEN extract(epoch FROM a.started_at - b.queued_at)::float8 END AS waited_seconds,
+       u.seconds AS usual_seconds,
+       left(b.reason, 10000) AS reason, b.submitted_by,
+       CASE WHEN octet_length(b.properties::text) <= 20000 THEN b.properties::text ELSE '{}' END AS properties,
+       (to_jsonb(b) - '{id,builder,properties,reason,submitted_by,notify,state,attempt,worker,queued_at,started_at,finished_at,exit_code,term_signal,detail,cancel_requested_at,cancel_reason,superseded_by,needs}'::text[])::text AS own,
+       g.finished_at AS good_at,
+       current_database()::text AS dbname,
+       (SELECT right(string_agg(l.content, '' ORDER BY l.seq), 65536)
+        FROM (SELECT p.seq, p.content FROM build_log p WHERE p.build_id = m.build_id AND p.attempt = m.attempt ORDER BY p.seq DESC LIMIT 100) l) AS log
+FROM build_mail m
+JOIN builds b ON b.id = m.build_id
+LEFT JOIN build_attempts a ON a.build_id = m.build_id AND a.attempt = m.attempt
+LEFT JOIN builds g ON g.id = m.good_build_id AND g.state = 'passed' AND g.id <> m.build_id
+LEFT JOIN LATERAL (
+    SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM f.finished_at - f.started_at))::float8 AS seconds
+    FROM (SELECT p.started_at, p.finished_at FROM builds p
+          WHERE p.builder = m.builder AND p.state = 'passed' AND p.started_at IS NOT NULL AND p.id <> m.build_id
+          ORDER BY p.finished_at DESC LIMIT 30) f
+) u ON true
+WHERE m.id = $1::bigint

@@ -1,0 +1,265 @@
+//! `build_mail`: what is to be sent, and what became of it. On work connections.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+use super::{Database, DatabaseError, Result, answered, queries};
+use crate::model::BuildId;
+
+/// The most builds of one digest; more are in another.
+const DIGEST: i64 = 1000;
+
+/// First key of the lock under which an address's mails are counted.
+const ADDRESS_LOCK: i32 = -6;
+
+/// A mail that this daemon is to send, to one address.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// In the order of their numbers; one, unless it is a digest.
+    pub rows: Vec<Outgoing>,
+    /// Several builds in one mail.
+    pub digest: bool,
+}
+
+impl Claimed {
+    /// Numbers of the rows.
+    pub fn ids(&self) -> Vec<i64> {
+        self.rows.iter().map(|row| row.id).collect()
+    }
+}
+
+/// A row of the outbox.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// `build_mail.id`.
+    pub id: i64,
+    /// The build.
+    pub build: BuildId,
+    /// The attempt that it ended with.
+    pub attempt: i32,
+    /// Its builder.
+    pub builder: String,
+    /// Its branch; empty: none.
+    pub branch: String,
+    /// passed, problem, still_failing, fixed or error.
+    pub event: String,
+    /// passed, failed, timed_out or error.
+    pub verdict: String,
+    /// The build whose verdict came before.
+    pub previous_build: Option<BuildId>,
+    /// That verdict.
+    pub previous_state: Option<String>,
+    /// The last build before that passed.
+    pub good_build: Option<BuildId>,
+    /// To whom.
+    pub address: String,
+    /// Message-ID up to the @.
+    pub message_id: String,
+    /// Of the mail that began its thread; its own, where it does.
+    pub thread: String,
+    /// When the build ended.
+    pub created_at: Timestamp,
+    /// How often it was tried, this time included.
+    pub tries: i32,
+}
+
+/// What a mail says about its build, besides its row.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Who ran it.
+    pub worker: Option<String>,
+    /// When the attempt started.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+    /// Where it exited.
+    pub exit_code: Option<i32>,
+    /// Where a signal ended it.
+    pub term_signal: Option<i32>,
+    /// Where another system shows it.
+    pub external_url: Option<String>,
+    /// One line for people.
+    pub detail: Option<String>,
+    /// How long the attempt took.
+    pub ran: Option<Duration>,
+    /// How long it waited for it.
+    pub waited: Option<Duration>,
+    /// Median of the last 30 builds of the builder that passed.
+    pub usual: Option<Duration>,
+    /// Why it was asked for; at most 10,000 characters.
+    pub reason: Option<String>,
+    /// Who asked for it.
+    pub submitted_by: String,
+    /// Its properties by name; none when they are more than 20 kB.
+    pub properties: BTreeMap<String, serde_json::Value>,
+    /// Columns of `builds` that are not ours.
+    pub own: BTreeMap<String, serde_json::Value>,
+    /// When the last build that passed ended.
+    pub good_at: Option<Timestamp>,
+    /// The database, for psql.
+    pub dbname: String,
+    /// The end of the log, at most 64 KiB, as it was written.
+    pub log: String,
+}
+
+impl Database {
+    /// Takes the mail that is due first for `sender`; others may take it over after `lease`. What is due to an address that has had
+    /// `per_hour` mails within an hour is put off; when one is left, it is a digest of all. `None`: nothing is due.
+    ///
+    /// # Errors
+    /// Nothing was taken, unless the answer to the COMMIT is what was lost; then it is due again after `lease`.
+    pub async fn claim_mail(&self, sender: &str, per_hour: u32, lease: Duration) -> Result<Option<Claimed>> {
+        const STEP: &str = "claim a mail";
+        let mut session = self.work().await?;
+        let per_hour = i64::from(per_hour);
+        loop {
+            let transaction = answered(STEP, session.transaction()).await?;
+            let Some(row) = answered(STEP, transaction.query_opt(queries::MAIL_DUE, &[])).await? else {
+                return Ok(None);
+            };
+            let (id, address): (i64, String) = (row.get("id"), row.get("address"));
+            // Two daemons that count at once would both find room.
+            const LOCK: &str = "SELECT pg_advisory_xact_lock($1, hashtext(lower($2)))";
+            answered(STEP, transaction.query_one(LOCK, &[&ADDRESS_LOCK, &address])).await?;
+            let count = answered(STEP, transaction.query_one(queries::MAIL_COUNT, &[&address, &per_hour])).await?;
+            let room = per_hour - count.get::<_, i64>("used");
+            if room <= 0 {
+                let free_at: Timestamp = count.get("free_at");
+                answered(STEP, transaction.execute(queries::MAIL_HOLD, &[&address, &free_at])).await?;
+                answered(STEP, transaction.commit()).await?;
+                continue;
+            }
+            let gather = row.get::<_, Option<i64>>("digest").is_none() && room == 1 && count.get::<_, i64>("due") > 1;
+            let lease = lease.as_secs_f64();
+            let values: [&(dyn ToSql + Sync); 5] = [&id, &gather, &DIGEST, &sender, &lease];
+            let taken = answered(STEP, transaction.query(queries::MAIL_TAKE, &values)).await?;
+            answered(STEP, transaction.commit()).await?;
+            let digest = taken.iter().any(|row| row.get("digest"));
+            let mut rows: Vec<Outgoing> = taken.iter().map(outgoing).collect();
+            rows.sort_by_key(|row| row.id);
+            return Ok(Some(Claimed { rows, digest }));
+        }
+    }
+
+    /// What `mail` says about its build. `None`: the build is gone, and its mails with it.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn mail_facts(&self, mail: i64) -> Result<Option<Facts>> {
+        const STEP: &str = "look up what a mail is to say";
+        let session = self.work().await?;
+        let sql = answered(STEP, session.prepare_cached(queries::MAIL_FACTS)).await?;
+        let Some(row) = answered(STEP, session.query_opt(&sql, &[&mail])).await? else { return Ok(None) };
+        // A clock that was set back makes it negative.
+        let seconds = |name: &str| -> Option<Duration> {
+            row.get::<_, Option<f64>>(name).map(|s| Duration::try_from_secs_f64(s).unwrap_or_default())
+        };
+        let object = |name: &'static str| {
+            serde_json::from_str(row.get(name))
+                .map_err(|error| DatabaseError::Unexpected { step: STEP, what: format!("{name}: {error}") })
+        };
+        Ok(Some(Facts {
+            worker: row.get("worker"),
+            started_at: row.get("started_at"),
+            finished_at: row.get("finished_at"),
+            exit_code: row.get("exit_code"),
+            term_signal: row.get("term_signal"),
+            external_url: row.get("external_url"),
+            detail: row.get("detail"),
+            ran: seconds("ran_seconds"),
+            waited: seconds("waited_seconds"),
+            usual: seconds("usual_seconds"),
+            reason: row.get("reason"),
+            submitted_by: row.get("submitted_by"),
+            properties: object("properties")?,
+            own: object("own")?,
+            good_at: row.get("good_at"),
+            dbname: row.get("dbname"),
+            log: row.get::<_, Option<String>>("log").unwrap_or_default(),
+        }))
+    }
+
+    /// Stores that the mail server has taken these.
+    ///
+    /// # Errors
+    /// Perhaps not stored: to be said again, or they are sent again.
+    pub async fn mail_sent(&self, mails: &[i64]) -> Result<()> {
+        const STEP: &str = "record that a mail was sent";
+        let session = self.work().await?;
+        answered(STEP, session.execute(queries::MAIL_SENT, &[&mails])).await?;
+        Ok(())
+    }
+
+    /// Has these tried again after `wait`, saying why. `true`: their time was over, and they are parked instead.
+    ///
+    /// # Errors
+    /// Perhaps not stored; then they are due again when `sender`'s lease ends.
+    pub async fn mail_again(&self, mails: &[i64], sender: &str, why: &str, wait: Duration) -> Result<bool> {
+        const STEP: &str = "put off a mail";
+        let session = self.work().await?;
+        let seconds = wait.as_secs_f64();
+        let values: [&(dyn ToSql + Sync); 4] = [&mails, &sender, &why, &seconds];
+        Ok(answered(STEP, session.query(queries::MAIL_AGAIN, &values))
+            .await?
+            .iter()
+            .any(|row| row.get::<_, &str>("state") == "parked"))
+    }
+
+    /// Stores that these are not sent: `parked` or `discarded`.
+    ///
+    /// # Errors
+    /// As [`Database::mail_again`].
+    pub async fn mail_end(&self, mails: &[i64], sender: &str, state: &str, why: &str) -> Result<()> {
+        const STEP: &str = "park a mail";
+        let session = self.work().await?;
+        answered(STEP, session.execute(queries::MAIL_END, &[&mails, &sender, &state, &why])).await?;
+        Ok(())
+    }
+
+    /// Parks what has waited for too long while nothing could be sent; comes back with how many.
+    ///
+    /// # Errors
+    /// Perhaps none was.
+    pub async fn mail_give_up(&self, why: &str) -> Result<u64> {
+        const STEP: &str = "park old mails";
+        let session = self.work().await?;
+        answered(STEP, session.execute(queries::MAIL_GIVE_UP, &[&why])).await
+    }
+
+    /// How long until the next mail is due; an overdue one is now. `None`: there is none.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn mail_wait(&self) -> Result<Option<Duration>> {
+        const STEP: &str = "look when the next mail is due";
+        let session = self.work().await?;
+        let sql = answered(STEP, session.prepare_cached(queries::MAIL_WAIT)).await?;
+        let row = answered(STEP, session.query_one(&sql, &[])).await?;
+        let seconds: Option<f64> = row.get("seconds");
+        Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()))
+    }
+}
+
+fn outgoing(row: &Row) -> Outgoing {
+    Outgoing {
+        id: row.get("id"),
+        build: BuildId(row.get("build_id")),
+        attempt: row.get("attempt"),
+        builder: row.get("builder"),
+        branch: row.get("branch"),
+        event: row.get("event"),
+        verdict: row.get("verdict"),
+        previous_build: row.get::<_, Option<i64>>("previous_build_id").map(BuildId),
+        previous_state: row.get("previous_state"),
+        good_build: row.get::<_, Option<i64>>("good_build_id").map(BuildId),
+        address: row.get("address"),
+        message_id: row.get("message_id"),
+        thread: row.get("thread"),
+        created_at: row.get("created_at"),
+        tries: row.get("tries"),
+    }
+}
