@@ -45,6 +45,11 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which.';
 
+CREATE OR REPLACE FUNCTION build_cancel_settle(id bigint) RETURNS text
+    LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT
+    AS $$ SELECT cancel_build(b.id, b.cancel_reason) FROM builds b WHERE b.id = $1 AND b.cancel_requested_at IS NOT NULL $$;
+COMMENT ON FUNCTION build_cancel_settle(bigint) IS 'Cancels a waiting build that somebody wanted cancelled while its row was locked. For workers, who may cancel nothing else.';
+
 CREATE OR REPLACE FUNCTION retry_build(id bigint) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 #variable_conflict use_variable

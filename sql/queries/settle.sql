@@ -8,8 +8,8 @@ SELECT count(build_needs_settle(n.build_id)) AS settled FROM (
     ORDER BY q.build_id LIMIT $1::integer
 ) n
 UNION ALL
-SELECT count(cancel_build(c.id, c.cancel_reason)) FROM (
-    SELECT b.id, b.cancel_reason FROM builds b WHERE b.cancel_requested_at IS NOT NULL AND b.state = 'queued' ORDER BY b.id LIMIT $1::integer
+SELECT count(build_cancel_settle(c.id)) FROM (
+    SELECT b.id FROM builds b WHERE b.cancel_requested_at IS NOT NULL AND b.state = 'queued' ORDER BY b.id LIMIT $1::integer
 ) c
 UNION ALL
 SELECT count(build_queue_supersede(k.builder, k.coalesce_key, k.newest)) FROM (
