@@ -425,6 +425,7 @@ async fn an_attempt_whose_worker_died_before_it_started_anything_is_tried_again_
 
 /// A server of one's own, to restart.
 struct Own {
+    port: u16,
     server: Option<Server>,
     dir: std::path::PathBuf,
     url: String,
@@ -436,7 +437,7 @@ impl Own {
         let folder = temp_dir();
         let dir = folder.path().join("pg");
         std::fs::create_dir_all(&dir).unwrap();
-        let mut own = Own { server: None, url: String::new(), dir, _folder: folder };
+        let mut own = Own { server: None, port: 0, url: String::new(), dir, _folder: folder };
         own.start_again().await;
         own.url = own.server.as_ref().unwrap().url("postgres");
         buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&own.url)).unwrap()).await.unwrap();
@@ -444,8 +445,11 @@ impl Own {
     }
 
     async fn start_again(&mut self) {
-        let options = Options { dir: Some(self.dir.clone()), tcp_port: Some(0), ..Options::default() };
-        self.server = Some(tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap());
+        let options = Options { dir: Some(self.dir.clone()), tcp_port: Some(self.port), ..Options::default() };
+        let server = tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap();
+        // The same one again: the daemon knows no other.
+        self.port = server.port();
+        self.server = Some(server);
     }
 
     async fn stop(&mut self) {
