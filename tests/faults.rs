@@ -133,7 +133,7 @@ async fn wrong_configuration_and_unreachable_databases_have_their_exit_codes() {
     let file = folder.path().join("b.toml");
     std::fs::write(
         &file,
-        "[worker]\nslots = \"many\"\nslot = 3\n\n[reactor]\npoll = \"30 parsecs\"\n[mail]\nurl = \"smtp://x\"\n",
+        "[worker]\nslots = \"many\"\nslot = 3\n\n[reactor]\npoll = \"30 parsecs\"\n[http]\nurl = \"smtp://x\"\n",
     )
     .unwrap();
     let output = buildreactor(&["run", "--config", file.to_str().unwrap()], &[]);
