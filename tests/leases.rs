@@ -494,3 +494,21 @@ async fn a_keeper_that_is_killed_with_its_guardians_leaves_nothing_where_there_a
     assert_eq!(db.finished(id).await, "error");
     assert_eq!(processes_of(&daemon.state), Vec::<i32>::new(), "gone when the result is visible");
 }
+
+/// After a failover to a server that had missed a start, another attempt may have its number.
+#[tokio::test]
+async fn a_claim_is_taken_again_for_the_attempt_that_was_started_and_no_other_of_its_number() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    let id = db.enqueue("b").await;
+    db.execute("UPDATE builds SET state = 'running', attempt = 1, worker = 'w', started_at = now()").await;
+    db.execute(&format!("INSERT INTO build_attempts (build_id, attempt, worker, slot, builder, started_at) VALUES ({id}, 1, 'w', 1, 'b', 'epoch')")).await;
+    let session = db.session().await;
+    for (started_us, ours) in [(1_i64, false), (0, true)] {
+        let count = include_str!("../sql/queries/claim_count.sql");
+        assert_eq!(session.query_opt(count, &[&id, &1_i32, &started_us]).await.unwrap().is_some(), ours);
+        let state = include_str!("../sql/queries/attempt_state.sql");
+        assert_eq!(session.query_opt(state, &[&id, &1_i32, &started_us]).await.unwrap().is_some(), ours);
+    }
+    assert_eq!(db.one::<i32>("SELECT claims FROM build_attempts").await, 2, "counted once");
+}
