@@ -335,6 +335,21 @@ async fn priorities_change_while_builds_wait() {
 }
 
 #[tokio::test]
+async fn a_build_whose_row_is_free_while_it_runs_is_said_to_run() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let _gate = gated(&db, "b", &folder).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.execute("INSERT INTO build_queue (builder, run_after) VALUES ('b', '2008-04-01')").await;
+    db.wait("SELECT count(*) = 1 FROM running_builds WHERE claim_held").await;
+    daemon.kill();
+    db.wait("SELECT count(*) = 1 FROM running_builds WHERE NOT claim_held").await;
+    assert_eq!(db.one::<String>("SELECT prioritize_build(1, 10)").await, "it is running");
+    assert_eq!(db.one::<String>("SELECT retry_build(1)").await, "it is running already");
+    assert_eq!(db.one::<String>("SELECT cancel_build(1)").await, "its worker is told to stop it");
+}
+
+#[tokio::test]
 async fn pause_and_resume_and_drain_by_function() {
     let db = Db::new().await;
     db.builder("b", "true").await;

@@ -61,10 +61,16 @@ BEGIN
         RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
     END IF;
     IF now_state IN ('queued', 'running') THEN
-        -- Between two tries it need not wait any longer.
-        UPDATE build_queue q SET run_after = NULL
-        WHERE q.build_id = (SELECT w.build_id FROM build_queue w WHERE w.build_id = $1 AND w.run_after IS NOT NULL FOR UPDATE SKIP LOCKED);
-        RETURN CASE WHEN FOUND THEN 'queued, to start at once' ELSE format('it is %s already', now_state) END;
+        -- Between two tries it need not wait any longer. Locked first and looked at afterwards, as in prioritize_build.
+        PERFORM FROM build_queue q WHERE q.build_id = $1 AND q.run_after IS NOT NULL FOR UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            UPDATE build_queue q SET run_after = NULL
+            WHERE q.build_id = $1 AND NOT EXISTS (SELECT FROM builds b WHERE b.id = $1 AND b.state = 'running');
+            IF FOUND THEN
+                RETURN 'queued, to start at once';
+            END IF;
+        END IF;
+        RETURN format('it is %s already', now_state);
     END IF;
     -- Somebody else may do the same at this moment.
     INSERT INTO build_queue (build_id) VALUES ($1) ON CONFLICT DO NOTHING;
@@ -78,10 +84,15 @@ CREATE OR REPLACE FUNCTION prioritize_build(id bigint, priority integer) RETURNS
 DECLARE
     now_state build_state;
 BEGIN
-    UPDATE build_queue q SET priority = $2
-    WHERE q.build_id = (SELECT w.build_id FROM build_queue w WHERE w.build_id = $1 FOR UPDATE SKIP LOCKED);
+    -- A row may be free while its build runs: its worker has stepped aside for a moment, or lost its claim. The second statement sees
+    -- what was committed before the lock.
+    PERFORM FROM build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
-        RETURN format('priority %s', $2);
+        UPDATE build_queue q SET priority = $2
+        WHERE q.build_id = $1 AND NOT EXISTS (SELECT FROM builds b WHERE b.id = $1 AND b.state = 'running');
+        IF FOUND THEN
+            RETURN format('priority %s', $2);
+        END IF;
     END IF;
     SELECT b.state INTO now_state FROM builds b WHERE b.id = $1;
     IF NOT FOUND THEN
