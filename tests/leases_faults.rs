@@ -227,9 +227,8 @@ impl Disk {
     fn fill(&self) {
         let mut file = std::fs::File::create(self.path().join("filler")).unwrap();
         let error = loop {
-            match file.write(&[0; 4096]) {
-                Ok(_) => {}
-                Err(error) => break error,
+            if let Err(error) = file.write_all(&[0; 4096]) {
+                break error;
             }
         };
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "{error}");

@@ -295,7 +295,7 @@ async fn what_the_worker_may_not_kill_is_given_up_and_counted() {
     );
     db.builder("b", &script).await;
     let id = db.enqueue("b").await;
-    assert_eq!(told(&db, id).await, "failed|3|exit code 3; 1 processes of another user could not be killed");
+    assert_eq!(told(&db, id).await, "failed|3|exit code 3; a process of another user could not be killed");
     assert!(db.one::<bool>("SELECT finished_at - started_at > '9 s' FROM builds").await, "not without trying");
     let left = processes_of(&worker.daemon.state);
     let [left] = left[..] else { panic!("{left:?}") };
