@@ -419,10 +419,10 @@ impl Daemon {
 
     /// Waits for its end; comes back with the exit code.
     pub async fn exited(&mut self) -> Option<i32> {
-        let mut child = self.child.take().unwrap();
         let deadline = Instant::now() + SOON;
         loop {
-            if let Some(status) = child.try_wait().unwrap() {
+            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+                self.child = None;
                 return status.code();
             }
             assert!(Instant::now() < deadline, "the daemon does not end: {:#?}", lines(&self.log));
