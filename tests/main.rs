@@ -9,6 +9,7 @@ mod conninfo_tls;
 mod deploy;
 mod faults;
 mod leases;
+mod leases_faults;
 mod logs;
 mod mail;
 mod netns;

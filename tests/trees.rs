@@ -269,3 +269,114 @@ fn an_order_to_start_that_was_under_way_for_longer_than_the_lease_starts_nothing
     drop((orders, answers));
     assert!(keeper.wait().unwrap().success());
 }
+
+/// A copy of setpriv with which anybody becomes root, as with sudo. None: there is no setpriv.
+fn becomes_root() -> Option<(TempDir, String)> {
+    let folder = temp_dir();
+    let program = folder.path().join("becomes-root");
+    std::fs::copy("/usr/bin/setpriv", &program).ok()?;
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o4755)).unwrap();
+    let command = format!("{} --reuid 0 --regid 0 --clear-groups", program.display());
+    Some((folder, command))
+}
+
+#[tokio::test]
+async fn what_the_worker_may_not_kill_is_given_up_and_counted() {
+    let db = Db::new().await;
+    let Some((_folder, becomes_root)) = becomes_root() else { return println!("NOT TESTED, there is no setpriv") };
+    let Some(mut worker) = Worker::start(Mode::OrdinaryUser, &db, &[HOUR]).await else { return };
+    if !nix::unistd::geteuid().is_root() {
+        return println!("NOT TESTED, we are not root");
+    }
+    // Beside it one that may be killed, and has to be.
+    let script = format!(
+        "setsid sleep 600 &\n{becomes_root} setsid sleep 600 >/dev/null 2>&1 &\nuntil grep -q '^Uid:.0.0.0' /proc/$!/status; do sleep 0.05; done; exit 3"
+    );
+    db.builder("b", &script).await;
+    let id = db.enqueue("b").await;
+    assert_eq!(told(&db, id).await, "failed|3|exit code 3; a process of another user could not be killed");
+    assert!(db.one::<bool>("SELECT finished_at - started_at > '9 s' FROM builds").await, "not without trying");
+    let left = processes_of(&worker.daemon.state);
+    let [left] = left[..] else { panic!("{left:?}") };
+    kill(Pid::from_raw(left), Signal::SIGKILL).unwrap();
+    wait_for("its end", || async { processes_of(&worker.daemon.state).is_empty() }).await;
+    db.builder("next", "true").await;
+    let next = db.enqueue("next").await;
+    assert_eq!(told(&db, next).await, "passed|0");
+    worker.leave().await;
+}
+
+/// A control group of the first version's freezer: what is frozen there does not die of SIGKILL until it is thawed, as one that waits for
+/// a disk.
+struct Freezer(std::path::PathBuf);
+
+impl Freezer {
+    fn new() -> Result<Freezer, std::io::Error> {
+        let path = std::path::PathBuf::from(format!(
+            "/sys/fs/cgroup/freezer/buildreactor-{}-{}",
+            std::process::id(),
+            crate::support::unique()
+        ));
+        std::fs::create_dir(&path)?;
+        Ok(Freezer(path))
+    }
+
+    fn freeze(&self, pid: i32) {
+        std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+        std::fs::write(self.0.join("freezer.state"), "FROZEN").unwrap();
+    }
+
+    fn thaw(&self) {
+        std::fs::write(self.0.join("freezer.state"), "THAWED").unwrap();
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + crate::support::SOON;
+        let _thawed = std::fs::write(self.0.join("freezer.state"), "THAWED");
+        // Not while somebody is in it.
+        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+async fn is_stuck(mode: Mode) {
+    let db = Db::new().await;
+    let Some(mut worker) = Worker::start(mode, &db, &[HOUR]).await else { return };
+    let freezer = match Freezer::new() {
+        Ok(freezer) => freezer,
+        Err(why) => return println!("NOT TESTED, this machine has no freezer of the first version: {why}"),
+    };
+    db.builder("b", "sleep 600 & echo ready; wait").await;
+    let id = db.enqueue("b").await;
+    db.wait(&format!("SELECT build_log_text({id}) LIKE 'ready%'")).await;
+    wait_for("its child", || async { processes_of(&worker.daemon.state).iter().any(|pid| name_of(*pid) == "sleep") })
+        .await;
+    let stuck = processes_of(&worker.daemon.state).into_iter().find(|pid| name_of(*pid) == "sleep").unwrap();
+    freezer.freeze(stuck);
+    db.execute(&format!("SELECT cancel_build({id}, 'enough')")).await;
+    wait_for("the others' end", || async { processes_of(&worker.daemon.state) == [stuck] }).await;
+    // Twice as long as what another user's may cost.
+    let since = Instant::now();
+    wait_for("some time", || async { since.elapsed() > Duration::from_secs(20) }).await;
+    assert_eq!(db.one::<String>("SELECT state::text FROM builds").await, "running", "it could come to life again");
+    assert_eq!(processes_of(&worker.daemon.state), [stuck]);
+    freezer.thaw();
+    let told = told(&db, id).await;
+    worker.nothing_left("thawed");
+    assert!(told.starts_with("cancelled|") && told.ends_with("|cancelled: enough"), "{told}");
+    worker.leave().await;
+}
+
+#[tokio::test]
+async fn a_tree_that_does_not_die_is_not_given_up_in_a_namespace() {
+    is_stuck(Mode::Namespace).await;
+}
+
+#[tokio::test]
+async fn a_tree_that_does_not_die_is_not_given_up_under_a_subreaper() {
+    is_stuck(Mode::Subreaper).await;
+}

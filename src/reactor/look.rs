@@ -104,13 +104,12 @@ impl Reactor {
                 self.timers.lost = self.timers.lost.min(ripe.max(now + AFTER_FAILURE));
             }
         }
-        let was_accepting = self.not_accepting.is_none();
         if tend {
             self.unable = self.unable.take().filter(|(_, until)| now < *until);
             self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk)
                 .or_else(|| self.unable.as_ref().map(|(why, _)| why.clone()));
         }
-        if everything || control || was_accepting != self.not_accepting.is_none() {
+        if everything || control || self.said_not_accepting != self.not_accepting.is_some() {
             // Through another connection: its trouble is not this one's.
             if let Err(error) = self.report_in().await {
                 tracing::warn!("{}", Chain(&error));
@@ -155,6 +154,7 @@ impl Reactor {
         let accepting = self.not_accepting.is_none();
         let detail = self.not_accepting.clone().unwrap_or_else(|| self.shared.executors.detail());
         let heard = self.shared.database.hello(hello, state, Some(&detail), accepting, !self.said_hello).await?;
+        self.said_not_accepting = !accepting;
         self.others = heard.others;
         if heard.drain && self.leaving.is_none() {
             self.obey(Order::Drain);

@@ -141,6 +141,8 @@ pub struct Reactor {
     failed: bool,
     /// Why nothing is claimed, for `workers.detail`.
     not_accepting: Option<String>,
+    /// Whether `workers` says that nothing is claimed.
+    said_not_accepting: bool,
     /// Why builds could not be started lately, and until when none is tried.
     unable: Option<(String, Instant)>,
     settling: Settling,
@@ -216,6 +218,7 @@ impl Reactor {
             outage: Outage::default(),
             failed: false,
             not_accepting: None,
+            said_not_accepting: false,
             unable: None,
             settling: Settling::No,
             scheduler: Scheduler::new(now),

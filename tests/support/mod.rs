@@ -315,6 +315,20 @@ impl Daemon {
         daemon
     }
 
+    /// A setting for the next start.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.command.push((key.to_owned(), value.to_owned()));
+    }
+
+    /// The database for the next start.
+    pub fn connect_to(&mut self, url: &str) {
+        url.clone_into(&mut self.url);
+    }
+
+    fn setting(&self, key: &str) -> &str {
+        &self.command.iter().rfind(|(known, _)| known == key).unwrap().1
+    }
+
     /// The same worker anew, after its process has ended.
     pub fn spawn_again(&mut self) {
         assert!(self.child.is_none());
@@ -350,10 +364,13 @@ impl Daemon {
 
     /// Waits until its log has a line with `text`.
     pub async fn says(&mut self, text: &str) {
-        let deadline = Instant::now() + SOON;
+        let mut deadline = Instant::now() + SOON;
         while !self.has_said(text) {
-            let ended = self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_some());
-            assert!(!ended && Instant::now() < deadline, "no `{text}` in its log: {:#?}", lines(&self.log));
+            if self.child.as_mut().is_some_and(|child| child.try_wait().unwrap().is_some()) {
+                // Its last words may still be on their way.
+                deadline = deadline.min(Instant::now() + Duration::from_secs(2));
+            }
+            assert!(Instant::now() < deadline, "no `{text}` in its log: {:#?}", lines(&self.log));
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -383,8 +400,9 @@ impl Daemon {
 
     /// The keeper, if it lives.
     pub fn keeper(&self) -> Option<i32> {
-        let name = &self.command.iter().find(|(key, _)| key == "BUILDREACTOR_WORKER_NAME").unwrap().1;
-        let pid = std::fs::read_to_string(self.state.path().join(name).join("keeper.lock")).ok()?.parse().ok()?;
+        let folder =
+            Path::new(self.setting("BUILDREACTOR_WORKER_STATE_DIR")).join(self.setting("BUILDREACTOR_WORKER_NAME"));
+        let pid = std::fs::read_to_string(folder.join("keeper.lock")).ok()?.parse().ok()?;
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
         (name.trim() == "br-keeper").then_some(pid)
     }
@@ -401,10 +419,10 @@ impl Daemon {
 
     /// Waits for its end; comes back with the exit code.
     pub async fn exited(&mut self) -> Option<i32> {
-        let mut child = self.child.take().unwrap();
         let deadline = Instant::now() + SOON;
         loop {
-            if let Some(status) = child.try_wait().unwrap() {
+            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+                self.child = None;
                 return status.code();
             }
             assert!(Instant::now() < deadline, "the daemon does not end: {:#?}", lines(&self.log));

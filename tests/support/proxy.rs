@@ -17,9 +17,11 @@ pub struct Mood {
     pub refuse: bool,
     /// Closes the next connection that commits a result, before the server gets to hear of it, or before the client gets its answer.
     pub trap: Option<When>,
+    /// Closes each connection that begins an attempt, likewise.
+    pub trap_begin: Option<When>,
 }
 
-/// When a COMMIT is cut off.
+/// When a COMMIT, or the beginning of an attempt, is cut off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
     BeforeTheServer,
@@ -118,6 +120,13 @@ async fn pass(mut client: TcpStream, server: SocketAddr, mut heard: watch::Recei
     }
 }
 
+const BEGIN_ATTEMPT: &str = include_str!("../../sql/queries/begin_attempt.sql");
+
+/// Name of the statement that a message binds (Bind of the protocol: its length, a portal's name, and this).
+fn bound(message: &[u8]) -> Option<&[u8]> {
+    message.strip_prefix(b"B")?.get(4..)?.split(|byte| *byte == 0).nth(1)
+}
+
 /// True: the trap has sprung.
 async fn pump(
     mut from: tokio::net::tcp::ReadHalf<'_>,
@@ -129,6 +138,7 @@ async fn pump(
     let mut buffer = vec![0; 1 << 14];
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
     let mut results = false;
+    let mut begins: Option<Vec<u8>> = None;
     loop {
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
             return false;
@@ -146,7 +156,13 @@ async fn pump(
             return false;
         }
         results |= watched && has(&buffer[..n], "SAVEPOINT result");
-        let trap = if results && has(&buffer[..n], "COMMIT\0") { heard.borrow().mood.trap } else { None };
+        let mut trap = if results && has(&buffer[..n], "COMMIT\0") { heard.borrow().mood.trap } else { None };
+        // A statement is parsed once a connection, under a name that is bound each time.
+        if watched && buffer[0] == b'P' && has(&buffer[..n], BEGIN_ATTEMPT.lines().next().unwrap()) {
+            begins = buffer[5..n].split(|byte| *byte == 0).next().map(<[u8]>::to_vec);
+        } else if begins.is_some() && bound(&buffer[..n]) == begins.as_deref() {
+            trap = heard.borrow().mood.trap_begin;
+        }
         if trap == Some(When::BeforeTheServer) {
             return true;
         }

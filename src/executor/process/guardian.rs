@@ -5,6 +5,7 @@
 
 use std::io::Read;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -42,19 +43,21 @@ const PIPE_BYTES: i32 = 1 << 20;
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// Between terminate and kill at the end of a lease: with it the killing has most of the 10 s that `grace` leaves.
 const AFTER_LEASE: Duration = Duration::from_secs(2);
+/// How long after the end of its lease a guardian acts by itself: its keeper, who comes first, is stopped or has no time.
+const WITHOUT_KEEPER: Duration = Duration::from_secs(1);
 /// How long the init of a namespace outlives the first order to kill its tree.
 const INIT_LAST: Duration = Duration::from_millis(50);
 /// Between two rounds of killing.
 const ROUND: Duration = Duration::from_millis(5);
 
-/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards. `namespaces`: whether they can be
-/// made here.
-pub fn guard(spec: &Spec, keeper: Pid, namespaces: bool) -> Status {
+/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards. `renewals`: the keeper says there until
+/// when the lease lasts, in milliseconds of [`boottime`]. `namespaces`: whether they can be made here.
+pub fn guard(spec: &Spec, keeper: Pid, renewals: &UnixStream, namespaces: bool) -> Status {
     // Once more: the keeper looked before the fork.
     if boottime() >= Duration::from_millis(spec.until_ms) {
         return Status::without_process(End::LeaseOver);
     }
-    match Guardian::start(spec, keeper, namespaces && spec.namespace) {
+    match Guardian::start(spec, keeper, renewals, namespaces && spec.namespace) {
         Ok(guardian) => guardian.run(),
         Err(why) => Status::without_process(End::NotStarted(why)),
     }
@@ -63,6 +66,9 @@ pub fn guard(spec: &Spec, keeper: Pid, namespaces: bool) -> Status {
 struct Guardian<'a> {
     spec: &'a Spec,
     keeper: Pid,
+    renewals: Option<&'a UnixStream>,
+    /// End of its lease, as far as it has heard.
+    until: Duration,
     signals: SignalFd,
     /// Its first process, or the init of its namespace.
     leader: Pid,
@@ -86,7 +92,7 @@ enum Phase {
 }
 
 impl<'a> Guardian<'a> {
-    fn start(spec: &'a Spec, keeper: Pid, namespace: bool) -> Result<Guardian<'a>, String> {
+    fn start(spec: &'a Spec, keeper: Pid, renewals: &'a UnixStream, namespace: bool) -> Result<Guardian<'a>, String> {
         let failed = |what: &'static str| move |error: Errno| format!("{what}: {error}");
         // A session of its own: no terminal, and a signal to the daemon's group does not reach the build.
         setsid().map_err(failed("setsid"))?;
@@ -136,6 +142,8 @@ impl<'a> Guardian<'a> {
         Ok(Guardian {
             spec,
             keeper,
+            renewals: Some(renewals),
+            until: Duration::from_millis(spec.until_ms),
             signals,
             leader,
             namespace,
@@ -179,6 +187,7 @@ impl<'a> Guardian<'a> {
         let next = match &self.phase {
             Phase::Running => {
                 let limit = self.started + Duration::from_millis(self.spec.timeout_ms);
+                let limit = limit.min(self.until + WITHOUT_KEEPER);
                 match self.spec.silence_ms {
                     Some(silence) => limit.min(self.heard + Duration::from_millis(silence)),
                     None => limit,
@@ -193,6 +202,9 @@ impl<'a> Guardian<'a> {
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
         if let Some(output) = &self.output {
             fds.push(PollFd::new(output.as_fd(), PollFlags::POLLIN));
+        }
+        if let Some(renewals) = self.renewals {
+            fds.push(PollFd::new(renewals.as_fd(), PollFlags::POLLIN));
         }
         // An interrupted or failed poll means: look at everything now.
         let _woken = poll(&mut fds, timeout);
@@ -239,6 +251,21 @@ impl<'a> Guardian<'a> {
         }
     }
 
+    /// Hears until when its lease lasts now.
+    fn renew(&mut self) {
+        let mut until = [0; 8];
+        while let Some(mut renewals) = self.renewals {
+            match renewals.read(&mut until) {
+                // Each comes in one piece: it was written at once.
+                Ok(8) => self.until = self.until.max(Duration::from_millis(u64::from_ne_bytes(until))),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                // The keeper is dead, which comes as a signal too.
+                Ok(_) | Err(_) => self.renewals = None,
+            }
+        }
+    }
+
     /// Collects dead children; true when none is left. By rustix: nix gives an error for a child that a real-time signal ended,
     /// having reaped it.
     fn reap(&mut self) -> bool {
@@ -266,8 +293,12 @@ impl<'a> Guardian<'a> {
 
     fn check_limits(&mut self) {
         let now = boottime();
+        // After the look at the clock: if it was stopped meanwhile, nobody knows for how long.
+        self.renew();
         let Phase::Running = self.phase else { return };
-        if now >= self.started + Duration::from_millis(self.spec.timeout_ms) {
+        if now >= self.until + WITHOUT_KEEPER {
+            self.terminate(End::LeaseOver);
+        } else if now >= self.started + Duration::from_millis(self.spec.timeout_ms) {
             self.terminate(End::Timeout(self.spec.timeout_ms));
         } else if let Some(ms) = self.spec.silence_ms
             && now >= self.heard + Duration::from_millis(ms)

@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -79,8 +78,9 @@ struct Keeper {
 struct Guardian {
     id: String,
     dir: PathBuf,
-    /// Where it leaves its status: a pipe, because a disk may be full.
-    status: std::io::PipeReader,
+    /// It hears from here until when its lease lasts, and leaves its status there, because a disk may be full. One descriptor for both:
+    /// a worker may have a thousand of them.
+    link: UnixStream,
     /// End of its lease, on the clock of leases.
     until: Duration,
     /// Told that the lease is over, and when to be harder.
@@ -256,6 +256,8 @@ impl Keeper {
             Ok(ToKeeper::Renew { id, until_ms }) => {
                 if let Some(guardian) = self.guardians.values_mut().find(|guardian| guardian.id == id) {
                     guardian.until = guardian.until.max(Duration::from_millis(until_ms));
+                    // It ends its tree itself when we are stopped. One that is stopped itself may have no room for this.
+                    let _told = guardian.link.write(&until_ms.to_ne_bytes());
                 }
             }
             Ok(ToKeeper::Leave) => self.leaving = true,
@@ -273,27 +275,29 @@ impl Keeper {
         if boottime() >= Duration::from_millis(spec.until_ms) {
             return self.ended(spec.id.clone(), Status::without_process(End::LeaseOver));
         }
-        let forked = std::io::pipe().and_then(|(reader, writer)| {
-            // A child that is stuck before its exec may still hold the other end.
-            fcntl(reader.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-            Ok((reader, writer, fork_single_threaded()?))
+        let forked = UnixStream::pair().and_then(|(link, theirs)| {
+            // Neither waits for the other, who may be stopped; and a child that is stuck before its exec may still hold the other end.
+            link.set_nonblocking(true)?;
+            theirs.set_nonblocking(true)?;
+            Ok((link, theirs, fork_single_threaded()?))
         });
         match forked {
-            Ok((status, _, ForkResult::Parent { child })) => {
+            Ok((link, _, ForkResult::Parent { child })) => {
                 let (id, dir, until) = (spec.id.clone(), spec.dir.clone(), Duration::from_millis(spec.until_ms));
-                self.guardians.insert(child, Guardian { id, dir, status, until, over: None });
+                self.guardians.insert(child, Guardian { id, dir, link, until, over: None });
             }
-            Ok((_, mut writer, ForkResult::Child)) => {
+            Ok((link, mut theirs, ForkResult::Child)) => {
+                drop(link);
                 let _named = prctl::set_name(c"br-guardian");
                 // A socket that nobody answers would keep the next daemon waiting.
                 self.listener = None;
                 self.daemon = None;
                 self.guardians.clear();
-                let status = guard(spec, keeper, self.no_namespace.is_none());
-                // For the next daemon; the keeper reads the pipe.
+                let status = guard(spec, keeper, &theirs, self.no_namespace.is_none());
+                // For the next daemon; the keeper reads the other end.
                 let _noted = leave_status(&spec.dir, &status);
                 let told =
-                    serde_json::to_vec(&status).map_err(std::io::Error::from).and_then(|text| writer.write_all(&text));
+                    serde_json::to_vec(&status).map_err(std::io::Error::from).and_then(|text| theirs.write_all(&text));
                 std::process::exit(i32::from(told.is_err()));
             }
             Err(error) => {
@@ -330,8 +334,8 @@ impl Keeper {
                     let pid = Pid::from_raw(pid.as_raw_nonzero().get());
                     let Some(mut guardian) = self.guardians.remove(&pid) else { continue };
                     let mut text = Vec::new();
-                    // All that it said is in the pipe; that somebody still holds the other end is no matter.
-                    let _read = guardian.status.read_to_end(&mut text);
+                    // All that it said is here. That somebody still holds the other end is no matter, nor that it had not heard everything.
+                    let _read = guardian.link.read_to_end(&mut text);
                     match serde_json::from_slice(&text) {
                         Ok(status) => self.ended_in(&guardian.dir, guardian.id, status),
                         Err(_) => vanished.push(guardian),

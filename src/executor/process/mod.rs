@@ -256,8 +256,10 @@ fn ended(status: &Status) -> Ended {
     if let Some(error) = &status.log_error {
         add(format!("its log on the worker is not complete: {error}"));
     }
-    if status.survivors > 0 {
-        add(format!("{} processes of another user could not be killed", status.survivors));
+    match status.survivors {
+        0 => {}
+        1 => add("a process of another user could not be killed".to_owned()),
+        several => add(format!("{several} processes of another user could not be killed")),
     }
     Ended {
         outcome,
