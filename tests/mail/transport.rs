@@ -65,28 +65,63 @@ async fn replies_of_4xx_are_tried_again_and_of_5xx_parked_with_the_words_of_the_
 
 #[tokio::test]
 async fn a_server_that_hangs_or_breaks_off_at_any_step_delays_its_mail_and_no_build() {
+    let (acceptor, pem) = certificate("localhost");
+    let folder = temp_dir();
+    let ca = folder.path().join("ca.pem");
+    std::fs::write(&ca, pem).unwrap();
     for fault in [Fault::Hang as fn(&'static str) -> Fault, Fault::Cut] {
         let db = Db::new().await;
-        let mailbox = Mailbox::open(Manner::default()).await;
+        let manner = Manner { tls: Some(acceptor.clone()), implicit: false, auth: Some("PLAIN LOGIN") };
+        let mailbox = Mailbox::open(manner).await;
         obedient(&db, "linux").await;
         subscribe(&db, "ann@example.org", "finished").await;
-        let _daemon = start(&db, &settings(&mailbox)).await;
+        let mut env = settings(&mailbox);
+        env.push(("BUILDREACTOR_MAIL_USER", "builds".to_owned()));
+        env.push(("BUILDREACTOR_MAIL_PASSWORD", "geheim".to_owned()));
+        env.push(("BUILDREACTOR_MAIL_CA_FILE", ca.display().to_string()));
+        let _daemon = start(&db, &env).await;
         let mut sent = 0;
-        for step in ["connect", "EHLO", "MAIL", "RCPT", "DATA", "end"] {
+        for step in ["connect", "EHLO", "STARTTLS", "handshake", "AUTH", "MAIL", "RCPT", "DATA", "end"] {
             // No connection is left from the last one.
             mailbox.faults([fault(step)]);
-            build(&db, "linux", PASS).await;
+            let id = build(&db, "linux", PASS).await;
             db.wait("SELECT last_error IS NOT NULL AND state = 'waiting' FROM build_mail ORDER BY id DESC LIMIT 1")
                 .await;
             assert_eq!(mailbox.faults_left(), 0, "{step}");
             insist(&db).await;
             sent += 1;
             assert_eq!(mailbox.taken().len(), sent, "{:?}", fault(step));
+            // Whole letters come once, or twice at the last step, which can then be known for the same.
+            let this: String = db.one(&format!("SELECT message_id FROM build_mail WHERE build_id = {id}")).await;
+            let came: Vec<Got> = mailbox.got().into_iter().skip(sent - 1).collect();
+            assert_eq!(came.len(), if step == "end" { 2 } else { 1 }, "{:?}", fault(step));
+            for got in &came {
+                assert_eq!(parse(got).message_id(), Some(format!("{this}@example.org").as_str()));
+                assert_eq!(parse(got).date(), parse(&came[0]).date());
+            }
         }
-        // A whole letter that was not answered for comes twice, and can be known for the same.
-        let end: Vec<Got> = mailbox.got().into_iter().rev().take(2).collect();
-        assert!(!end[1].taken && end[0].taken);
-        assert_eq!(parse(&end[0]).message_id(), parse(&end[1]).message_id());
+        // Nothing was said in the clear because encryption did not come about, least of all the password.
+        assert!(mailbox.got().iter().all(|got| got.encrypted));
+        assert!(
+            mailbox.said().iter().all(|(said, encrypted)| *encrypted || ["EHLO", "STARTTLS"].contains(&said.as_str())),
+            "{:?}",
+            mailbox.said()
+        );
+
+        // When its two days are over, the try that fails is the last.
+        db.execute("ALTER TABLE build_mail ALTER COLUMN give_up_at SET DEFAULT clock_timestamp()").await;
+        for step in ["STARTTLS", "AUTH"] {
+            mailbox.faults([fault(step)]);
+            let id = build(&db, "linux", PASS).await;
+            db.wait(&format!("SELECT state = 'parked' FROM mail_status WHERE build_id = {id}")).await;
+            let why: String = db.one(&format!("SELECT last_error FROM mail_status WHERE build_id = {id}")).await;
+            assert!(why.starts_with(&format!("localhost:{}: ", mailbox.port)), "{why}");
+            assert_eq!((mailbox.taken().len(), mailbox.faults_left()), (sent, 0), "{step}");
+            db.execute("SELECT retry_mail(id) FROM build_mail WHERE state = 'parked'").await;
+            insist(&db).await;
+            sent += 1;
+            assert_eq!(mailbox.taken().len(), sent, "{step}");
+        }
     }
 }
 
@@ -180,7 +215,8 @@ async fn tls_is_required_where_it_is_and_taken_where_it_is_offered() {
     build(&db, "linux", PASS).await;
     db.wait("SELECT state = 'waiting' AND last_error ILIKE '%certificate%' FROM build_mail").await;
     assert!(
-        mailbox.got().is_empty() && mailbox.said().iter().all(|said| ["EHLO", "STARTTLS"].contains(&said.as_str())),
+        mailbox.got().is_empty()
+            && mailbox.said().iter().all(|(said, _)| ["EHLO", "STARTTLS"].contains(&said.as_str())),
         "{:?}",
         mailbox.said()
     );
@@ -192,7 +228,7 @@ async fn tls_is_required_where_it_is_and_taken_where_it_is_offered() {
     let mut daemon = start(&db, &env).await;
     insist(&db).await;
     assert!(mailbox.taken()[0].encrypted);
-    assert!(mailbox.said().iter().any(|said| said.starts_with("AUTH PLAIN ")), "{:?}", mailbox.said());
+    assert!(mailbox.said().iter().any(|(said, _)| said.starts_with("AUTH PLAIN ")), "{:?}", mailbox.said());
     daemon.stop().await;
 
     // Nothing to protect: encrypted, whatever the certificate.
@@ -257,7 +293,7 @@ async fn who_we_are_is_proved_with_a_password_or_a_token_and_a_refusal_parks_not
         daemon.says("mail cannot be sent: ").await;
         insist(&db).await;
         assert_eq!(mailbox.taken().len(), 1);
-        assert!(mailbox.said().iter().any(|said| said == sent), "{:?}", mailbox.said());
+        assert!(mailbox.said().iter().any(|(said, _)| said == sent), "{:?}", mailbox.said());
         assert!(!daemon.has_said("geheim"));
         daemon.stop().await;
     }
