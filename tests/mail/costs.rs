@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::{PASS, build, obedient, settings, start, subscribe};
+use buildreactor::database::mail::Reach;
+use buildreactor::database::{ConnInfo, Database, SessionLimits};
+
+use super::{PASS, all_gone, build, obedient, settings, start, subscribe};
 use crate::support::smtp::{Fault, Mailbox, Manner};
 use crate::support::{Db, SOON, wait_for};
 
@@ -110,4 +113,87 @@ async fn results_cost_next_to_nothing_more_where_nobody_has_asked() {
     let branch = results("one address, by branch").await;
     let most = floor.max(Duration::from_millis(500)) * 4;
     assert!(nobody < most && one < most * 2 && branch < most * 8, "{floor:?} {nobody:?} {one:?} {branch:?}");
+}
+
+/// One mail comes, is found, sent, and nothing more is found: medians of 40 times, looking from where the outbox was last found to
+/// begin, and from its very beginning.
+async fn rounds_of_the_postman(db: &Db, database: &Database) -> [Duration; 2] {
+    let mut reach = Reach::default();
+    let mut times = [Vec::new(), Vec::new()];
+    for n in 0..80 {
+        let id: i64 = db
+            .one(&format!(
+                "INSERT INTO build_mail (build_id, attempt, builder, event, verdict, address, message_id, thread)
+                 SELECT 1, coalesce(max(attempt), 0) + 1, 'linux', 'passed', 'passed', 'ann{}@example.org', 'x', 'x' FROM build_mail WHERE build_id = 1
+                 RETURNING id",
+                n / 2 % 10
+            ))
+            .await;
+        let mut from_the_beginning = Reach::default();
+        let reach = if n % 2 == 0 { &mut reach } else { &mut from_the_beginning };
+        let began = Instant::now();
+        let claimed = database.claim_mail(reach, "w", 1000, SOON).await.unwrap().unwrap();
+        assert_eq!(claimed.ids(), [id]);
+        database.mail_sent(&[id]).await.unwrap();
+        assert!(database.claim_mail(reach, "w", 1000, SOON).await.unwrap().is_none());
+        assert_eq!(database.mail_wait(reach, SOON).await.unwrap(), None);
+        times[n % 2].push(began.elapsed());
+    }
+    times.map(|mut times| {
+        times.sort();
+        times[times.len() / 2]
+    })
+}
+
+#[tokio::test]
+async fn a_transaction_that_stays_open_makes_the_outbox_no_slower() {
+    let db = Db::new().await;
+    let limits = SessionLimits { slots: 2, claim_idle: SOON };
+    let database = Database::new(ConnInfo::from_env(Some(&db.url())).unwrap(), limits, "w").unwrap();
+    obedient(&db, "linux").await;
+    db.execute(
+        "INSERT INTO builds (builder, state, attempt, worker, queued_at, started_at, finished_at, exit_code)
+         SELECT 'linux', 'passed', 1, 'w', now(), now(), now(), 0 FROM generate_series(1, 100001)",
+    )
+    .await;
+    let empty = rounds_of_the_postman(&db, &database).await;
+    // As the claim of a build that takes long: until it ends, no VACUUM removes what it could still see.
+    let claim = db.session().await;
+    claim.batch_execute("BEGIN; SELECT txid_current()").await.unwrap();
+    db.execute(
+        "INSERT INTO build_mail (build_id, attempt, builder, event, verdict, address, message_id, thread, next_at)
+         SELECT id, 1, 'linux', 'passed', 'passed', 'ann' || id % 10 || '@example.org', 'x', 'x', now() - interval '2 hours' FROM builds WHERE id > 1;
+         UPDATE build_mail SET state = 'sending', sender = 'w', tries = 1, next_at = now() - interval '110 minutes' WHERE state = 'waiting';
+         UPDATE build_mail SET state = 'sent', sender = NULL, next_at = NULL, sent_at = now() - interval '2 hours' WHERE state = 'sending'",
+    )
+    .await;
+    db.execute("VACUUM ANALYZE build_mail").await;
+    let behind = rounds_of_the_postman(&db, &database).await;
+    let ratios = [0, 1].map(|n| behind[n].as_secs_f64() / empty[n].as_secs_f64());
+    println!(
+        "a mail, empty outbox: {:?}; behind 100,000 sent ones: {:?}, {:.1} times as long; looked for from the beginning: {:?}, {:.1} times",
+        empty[0], behind[0], ratios[0], behind[1], ratios[1]
+    );
+    // Else this would show nothing.
+    assert!(behind[1] > behind[0] * 2, "{behind:?}");
+    assert!(ratios[0] < 3.0, "{ratios:?}");
+}
+
+#[tokio::test]
+async fn a_mail_that_is_seen_long_after_it_was_due_is_sent() {
+    let db = Db::new().await;
+    let mailbox = Mailbox::open(Manner::default()).await;
+    obedient(&db, "linux").await;
+    let _daemon = start(&db, &settings(&mailbox)).await;
+    subscribe(&db, "ann@example.org", "finished").await;
+    build(&db, "linux", PASS).await;
+    all_gone(&db).await;
+    // As of a transaction that ended a build and stayed open for an hour.
+    db.execute(
+        "INSERT INTO build_mail (build_id, attempt, builder, event, verdict, address, message_id, thread, next_at)
+         VALUES (1, 2, 'linux', 'passed', 'passed', 'ann@example.org', 'late', 'late', clock_timestamp() - interval '1 hour')",
+    )
+    .await;
+    db.wait_within(SOON * 3, "SELECT state = 'sent' FROM build_mail WHERE message_id = 'late'").await;
+    assert_eq!(mailbox.taken().len(), 2);
 }
