@@ -1,12 +1,13 @@
 //! Not too many mails, to nobody who should get none, and nothing in them that could do harm.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use mail_parser::{Message, MessageParser};
 
 use super::{PASS, all_gone, build, header, obedient, parse, settings, start, subscribe};
 use crate::support::smtp::{Mailbox, Manner};
-use crate::support::{Daemon, Db, buildreactor, temp_dir, text};
+use crate::support::{Daemon, Db, TempDir, buildreactor, temp_dir, text};
 
 #[tokio::test]
 async fn a_thousand_failures_are_some_mails_and_a_digest_and_none_is_lost() {
@@ -62,25 +63,30 @@ async fn a_thousand_failures_are_some_mails_and_a_digest_and_none_is_lost() {
     assert_eq!(subjects[4], "[prøject] 3 builds, 3 of them failed");
 }
 
-/// A daemon that writes .eml files: what is in them, by address.
+/// A daemon that writes .eml files; into a folder of `BUILDREACTOR_TEST_MAILS` where that is set, for `scripts/pages.sh`.
 struct Dry {
-    folder: crate::support::TempDir,
+    mails: PathBuf,
+    _folder: TempDir,
     _daemon: Daemon,
 }
 
 impl Dry {
     async fn start(db: &Db, more: &[(&'static str, String)]) -> Dry {
         let folder = temp_dir();
+        let mails = match std::env::var_os("BUILDREACTOR_TEST_MAILS") {
+            Some(kept) => PathBuf::from(kept).join(db.name()),
+            None => folder.path().join("mails"),
+        };
         let mut env = vec![
-            ("BUILDREACTOR_MAIL_DRY_RUN", folder.path().join("mails").display().to_string()),
+            ("BUILDREACTOR_MAIL_DRY_RUN", mails.display().to_string()),
             ("BUILDREACTOR_MAIL_FROM", "builds@example.org".to_owned()),
         ];
         env.extend(more.iter().cloned());
-        Dry { _daemon: start(db, &env).await, folder }
+        Dry { _daemon: start(db, &env).await, mails, _folder: folder }
     }
 
     fn files(&self) -> Vec<Vec<u8>> {
-        let Ok(entries) = std::fs::read_dir(self.folder.path().join("mails")) else { return Vec::new() };
+        let Ok(entries) = std::fs::read_dir(&self.mails) else { return Vec::new() };
         let files =
             entries.map(|entry| entry.unwrap().path()).filter(|path| path.extension().is_some_and(|e| e == "eml"));
         files.map(|path| std::fs::read(path).unwrap()).collect()
@@ -179,6 +185,57 @@ async fn hostile_input_breaks_no_header_and_no_page() {
 }
 
 #[tokio::test]
+async fn hostile_input_breaks_no_digest() {
+    let db = Db::new().await;
+    db.builder("linux-x86_64-with-a-name-that-is-as-long-as-a-name-may-be-63-ch", "exit 1").await;
+    db.builder("docs", "exit 1").await;
+    db.execute("UPDATE builders SET branch_property = 'branch'; INSERT INTO build_subscriptions (address, events) VALUES ('ann@example.org', '{finished,error}')").await;
+    let branches = [
+        "main",
+        "a\r\nBcc: eve@example.org\u{202e}",
+        "<script>alert(1)</script></td></table>",
+        "fix/שלום-🎉",
+        &"x".repeat(300),
+    ];
+    let session = db.session().await;
+    for (n, branch) in branches.iter().cycle().take(20).enumerate() {
+        let builder =
+            if n % 3 == 0 { "docs" } else { "linux-x86_64-with-a-name-that-is-as-long-as-a-name-may-be-63-ch" };
+        let insert = "INSERT INTO builds (builder, properties) VALUES ($1, jsonb_build_object('branch', $2::text))";
+        session.execute(insert, &[&builder, branch]).await.unwrap();
+    }
+    // As if they had been built: every kind of end.
+    db.execute(
+        "INSERT INTO build_queue (build_id) SELECT id FROM builds; SET buildreactor.session = 'daemon';
+         UPDATE builds SET state = ('{passed,failed,timed_out,error}'::build_state[])[1 + id % 4], attempt = 1, worker = 'w',
+                           started_at = clock_timestamp(), finished_at = clock_timestamp();
+         DELETE FROM build_queue; RESET buildreactor.session",
+    )
+    .await;
+    let more = [
+        ("BUILDREACTOR_MAIL_PER_HOUR", "2".to_owned()),
+        ("BUILDREACTOR_MAIL_BUILD_URL", "https://builds.example.org/{id}".to_owned()),
+        ("BUILDREACTOR_MAIL_UNSUBSCRIBE", "mailto:admin@example.org".to_owned()),
+    ];
+    let dry = Dry::start(&db, &more).await;
+    all_gone(&db).await;
+    let files = dry.files();
+    let digests: Vec<Message<'_>> = files
+        .iter()
+        .map(|file| MessageParser::default().parse(file).unwrap())
+        .filter(|message| message.subject().unwrap().contains("19 builds"))
+        .collect();
+    assert_eq!((files.len(), digests.len()), (2, 1));
+    assert!(digests[0].header("Bcc").is_none());
+    let html = digests[0].body_html(0).unwrap();
+    for tag in ["<script", "</td></table>", "\u{202e}"] {
+        assert!(!html.contains(tag), "{tag} in {html}");
+    }
+    assert_eq!(html.matches("<tr").count(), 19);
+    assert!(!digests[0].body_text(0).unwrap().contains("\nBcc"));
+}
+
+#[tokio::test]
 async fn templates_are_replaced_one_by_one_and_a_wrong_one_is_found_before_it_is_needed() {
     let db = Db::new().await;
     obedient(&db, "linux").await;
@@ -188,11 +245,16 @@ async fn templates_are_replaced_one_by_one_and_a_wrong_one_is_found_before_it_is
     let set = ("BUILDREACTOR_MAIL_TEMPLATES", folder.path().display().to_string());
     put("subject.txt", "{{ builder }}: {{ verdict|upper }}, revision {{ properties.revision|default('unknown') }}\n");
     put("README.md", "not a template");
+    // What both pages share, around those that are built in.
+    put("base.html", "<title>{% block title %}{% endblock %}</title><main>{% block content %}{% endblock %}</main>");
     let dry = Dry::start(&db, std::slice::from_ref(&set)).await;
     build(&db, "linux", r#"{"revision": "1a2b"}"#).await;
     all_gone(&db).await;
     let files = dry.files();
-    assert_eq!(MessageParser::default().parse(&files[0]).unwrap().subject(), Some("linux: PASSED, revision 1a2b"));
+    let message = MessageParser::default().parse(&files[0]).unwrap();
+    assert_eq!(message.subject(), Some("linux: PASSED, revision 1a2b"));
+    let html = message.body_html(0).unwrap();
+    assert!(html.starts_with("<title>linux #1 PASSED</title><main>") && html.contains("<table"), "{html}");
 
     let env = [
         (set.0, set.1.as_str()),
@@ -201,6 +263,8 @@ async fn templates_are_replaced_one_by_one_and_a_wrong_one_is_found_before_it_is
     ];
     for (name, content, expected) in [
         ("body.txt", "{{ bulider }}", "`body.txt` does not work: undefined value"),
+        ("base.html", "{% block content %}{% endblock %}{{ bulider }}", "`base.html` does not work: undefined value"),
+        ("digest.html", "{% extends 'bass.html' %}", "`digest.html` does not work: template not found"),
         ("body.txt", "{% if %}", "`body.txt` does not work: syntax error"),
         ("boddy.html", "x", "boddy.html` is no template; known are `subject.txt`"),
     ] {
