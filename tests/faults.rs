@@ -51,6 +51,31 @@ async fn a_result_survives_a_claim_that_was_cut_just_before_it() {
 }
 
 #[tokio::test]
+async fn a_result_waits_for_a_table_that_is_locked_and_keeps_its_claim() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    db.builder("b", &format!("until test -e '{}'; do sleep 0.05; done", gate.display())).await;
+    let daemon = Daemon::start(&db, "w", &[]).await;
+    let id = db.enqueue("b").await;
+    db.wait("SELECT state = 'running' FROM builds").await;
+    // As a migration does; the first result of a daemon already waits for it where its statement is prepared.
+    let migration = db.session().await;
+    migration.batch_execute("BEGIN; LOCK TABLE builds").await.unwrap();
+    std::fs::write(&gate, "").unwrap();
+    let waiting = "SELECT query_start::text FROM pg_stat_activity
+                   WHERE datname = current_database() AND application_name LIKE '% claim' AND wait_event_type = 'Lock'";
+    wait_for("the result to wait", || async { !db.all::<String>(waiting).await.is_empty() }).await;
+    let first = db.all::<String>(waiting).await;
+    wait_for("it to be tried again", || async { db.all::<String>(waiting).await.iter().any(|at| !first.contains(at)) })
+        .await;
+    migration.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    assert!(!daemon.has_said("cannot record the result"));
+    assert_eq!(db.one::<String>("SELECT concat_ws(' ', attempt, claims) FROM build_attempts").await, "1 1");
+}
+
+#[tokio::test]
 async fn a_database_that_is_down_at_the_start_and_restarted_later_is_waited_for() {
     let folder = temp_dir();
     let dir = folder.path().join("pg");

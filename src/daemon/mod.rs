@@ -15,6 +15,7 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use self::postman::Postman;
 use crate::config::{Config, KILL_TIME};
+use crate::database::mail::Reach;
 use crate::database::migrate::{SchemaState, known_version, schema_state};
 use crate::database::queries::Hello;
 use crate::database::{ConnInfo, Database, DatabaseError, SessionLimits};
@@ -113,7 +114,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         // No other daemon calls itself so, not even the next one of this worker: that one must not take this one's mail for its own.
         let name = format!("{} {} {}", worker.name, hello.pid, jiff::Timestamp::now());
         let (database, stopping) = (database.clone(), stopping.clone());
-        crate::tasks::spawn(Postman { database, mailer, name, bell, stopping }.run())
+        let reach = Reach::default();
+        crate::tasks::spawn(Postman { database, mailer, reach, name, bell, stopping }.run())
     });
     let (giving_back, giving_up) = (CancellationToken::new(), CancellationToken::new());
     let shared = Arc::new(Shared {

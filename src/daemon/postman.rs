@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::database::mail::Claimed;
+use crate::database::mail::{Claimed, Reach};
 use crate::database::{Database, DatabaseError};
 use crate::mail::{Failure, Letter, Mailer, clean_line};
 use crate::report::Chain;
@@ -29,6 +29,8 @@ pub struct Postman {
     pub database: Database,
     /// How they leave.
     pub mailer: Mailer,
+    /// What is known of where it begins.
+    pub reach: Reach,
     /// Who claims them: no other daemon calls itself so.
     pub name: String,
     /// Rung when this daemon has recorded a result.
@@ -75,8 +77,8 @@ impl Postman {
         let per_hour = self.mailer.per_hour();
         while !self.stopping.is_cancelled() {
             let lease = self.mailer.longest();
-            let Some(claimed) = self.database.claim_mail(&self.name, per_hour, lease).await? else {
-                let due = self.database.mail_wait().await?;
+            let Some(claimed) = self.database.claim_mail(&mut self.reach, &self.name, per_hour, lease).await? else {
+                let due = self.database.mail_wait(&mut self.reach, PERIOD).await?;
                 return Ok(due.map_or(PERIOD, |due| due.clamp(Duration::from_millis(50), PERIOD)));
             };
             if let Some(why) = self.carry(&claimed).await? {

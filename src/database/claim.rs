@@ -252,7 +252,6 @@ impl Claim {
     async fn write_result(&self, id: AttemptId, ended: &Ended) -> Result<Option<Recorded>> {
         const STEP: &str = "record the result of a build";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(queries::RECORD_RESULT)).await?;
         let (code, signal) = match ended.exit {
             Some(Exit::Code(code)) => (Some(code), None),
             Some(Exit::Signal(signal)) => (None, Some(signal)),
@@ -277,10 +276,13 @@ impl Claim {
             &ended.log_bytes,
             &charged,
         ];
-        let (saved, row) = answered(STEP, async {
-            Ok(tokio::join!(session.batch_execute("SAVEPOINT result"), session.query_opt(&sql, &values)))
-        })
-        .await?;
+        // Preparing it, where that was not done before, waits for locks too: behind the savepoint, like the statement.
+        let statement = async {
+            let sql = session.prepare_cached(queries::RECORD_RESULT).await?;
+            session.query_opt(&sql, &values).await
+        };
+        let (saved, row) =
+            answered(STEP, async { Ok(tokio::join!(session.batch_execute("SAVEPOINT result"), statement)) }).await?;
         saved.map_err(|source| DatabaseError::Statement { step: STEP, source })?;
         let row = row.map_err(|source| DatabaseError::Statement { step: STEP, source })?;
         Ok(row.map(|row| {

@@ -1,7 +1,7 @@
 //! `build_mail`: what is to be sent, and what became of it. On work connections.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio_postgres::Row;
@@ -15,6 +15,22 @@ const DIGEST: i64 = 1000;
 
 /// First key of the lock under which an address's mails are counted.
 const ADDRESS_LOCK: i32 = -6;
+
+/// A look begins where the last one ended. From the very beginning only so often: a mail may come late, of a transaction that was open
+/// for longer than `mail_wait.sql` allows for, or of a daemon that was about to claim it and has died.
+const WHOLE: Duration = Duration::from_secs(30);
+
+/// Where the outbox begins, as far as is known. While some transaction stays open, such as the claim of a long build, mails that were
+/// sent meanwhile leave entries in the indexes that no VACUUM may remove; looks that began before them would read them all each time.
+#[derive(Debug, Default)]
+pub struct Reach {
+    /// Nothing is due that was due before this.
+    since: Option<Timestamp>,
+    /// The first open mail of an address.
+    open: HashMap<String, i64>,
+    /// When it was last looked from the beginning.
+    whole: Option<Instant>,
+}
 
 /// A mail that this daemon is to send, to one address.
 #[derive(Clone, Debug)]
@@ -107,35 +123,50 @@ pub struct Facts {
 }
 
 impl Database {
-    /// Takes the mail that is due first for `sender`; others may take it over after `lease`. What is due to an address that has had
-    /// `per_hour` mails within an hour is put off; when one is left, it is a digest of all. `None`: nothing is due.
+    /// Takes the mail that is due first for `sender`, from `reach` on; others may take it over after `lease`. What is due to an address
+    /// that has had `per_hour` mails within an hour is put off; when one is left, it is a digest of all. `None`: nothing is due.
     ///
     /// # Errors
     /// Nothing was taken, unless the answer to the COMMIT is what was lost; then it is due again after `lease`.
-    pub async fn claim_mail(&self, sender: &str, per_hour: u32, lease: Duration) -> Result<Option<Claimed>> {
+    pub async fn claim_mail(
+        &self,
+        reach: &mut Reach,
+        sender: &str,
+        per_hour: u32,
+        lease: Duration,
+    ) -> Result<Option<Claimed>> {
         const STEP: &str = "claim a mail";
         let mut session = self.work().await?;
+        if reach.whole.is_none_or(|when| when.elapsed() > WHOLE) {
+            *reach = Reach { whole: Some(Instant::now()), ..Reach::default() };
+        }
         let per_hour = i64::from(per_hour);
         loop {
             let transaction = answered(STEP, session.transaction()).await?;
-            let Some(row) = answered(STEP, transaction.query_opt(queries::MAIL_DUE, &[])).await? else {
+            let Some(row) = answered(STEP, transaction.query_opt(queries::MAIL_DUE, &[&reach.since])).await? else {
                 return Ok(None);
             };
             let (id, address): (i64, String) = (row.get("id"), row.get("address"));
+            reach.since = Some(row.get("next_at"));
             // Two daemons that count at once would both find room.
             const LOCK: &str = "SELECT pg_advisory_xact_lock($1, hashtext(lower($2)))";
             answered(STEP, transaction.query_one(LOCK, &[&ADDRESS_LOCK, &address])).await?;
-            let count = answered(STEP, transaction.query_one(queries::MAIL_COUNT, &[&address, &per_hour])).await?;
+            // Its own row is open, whatever is known.
+            let first = reach.open.get(&address).map_or(0, |first| id.min(*first));
+            let count =
+                answered(STEP, transaction.query_one(queries::MAIL_COUNT, &[&address, &per_hour, &first])).await?;
+            let first: i64 = count.get("first");
+            reach.open.insert(address.clone(), first);
             let room = per_hour - count.get::<_, i64>("used");
             if room <= 0 {
                 let free_at: Timestamp = count.get("free_at");
-                answered(STEP, transaction.execute(queries::MAIL_HOLD, &[&address, &free_at])).await?;
+                answered(STEP, transaction.execute(queries::MAIL_HOLD, &[&address, &free_at, &first])).await?;
                 answered(STEP, transaction.commit()).await?;
                 continue;
             }
             let gather = row.get::<_, Option<i64>>("digest").is_none() && room == 1 && count.get::<_, i64>("due") > 1;
             let lease = lease.as_secs_f64();
-            let values: [&(dyn ToSql + Sync); 5] = [&id, &gather, &DIGEST, &sender, &lease];
+            let values: [&(dyn ToSql + Sync); 6] = [&id, &gather, &DIGEST, &sender, &lease, &first];
             let taken = answered(STEP, transaction.query(queries::MAIL_TAKE, &values)).await?;
             answered(STEP, transaction.commit()).await?;
             let digest = taken.iter().any(|row| row.get("digest"));
@@ -230,15 +261,16 @@ impl Database {
         answered(STEP, session.execute(queries::MAIL_GIVE_UP, &[&why])).await
     }
 
-    /// How long until the next mail is due; an overdue one is now. `None`: there is none.
+    /// How long until the next mail is due, when none is due now. `None`: longer than `ahead`.
     ///
     /// # Errors
     /// Unknown then.
-    pub async fn mail_wait(&self) -> Result<Option<Duration>> {
+    pub async fn mail_wait(&self, reach: &mut Reach, ahead: Duration) -> Result<Option<Duration>> {
         const STEP: &str = "look when the next mail is due";
         let session = self.work().await?;
         let sql = answered(STEP, session.prepare_cached(queries::MAIL_WAIT)).await?;
-        let row = answered(STEP, session.query_one(&sql, &[])).await?;
+        let row = answered(STEP, session.query_one(&sql, &[&reach.since, &ahead.as_secs_f64()])).await?;
+        reach.since = Some(row.get("since"));
         let seconds: Option<f64> = row.get("seconds");
         Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()))
     }

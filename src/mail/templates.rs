@@ -10,9 +10,11 @@ use super::MailError;
 use super::content::{Digest, Single};
 
 /// Name and text of each.
-const BUILT_IN: [(&str, &str); 6] = [
+const BUILT_IN: [(&str, &str); 7] = [
     ("subject.txt", include_str!("templates/subject.txt")),
     ("body.txt", include_str!("templates/body.txt")),
+    // What the two pages share: head, style, footer.
+    ("base.html", include_str!("templates/base.html")),
     ("body.html", include_str!("templates/body.html")),
     ("digest_subject.txt", include_str!("templates/digest_subject.txt")),
     ("digest.txt", include_str!("templates/digest.txt")),
@@ -96,7 +98,9 @@ impl Templates {
     fn texts(&self, names: [&str; 3], values: &impl Serialize) -> Result<Texts, MailError> {
         let render = |name: &str| {
             let template = self.0.get_template(name).map_err(|error| wrong(name, &error))?;
-            template.render(minijinja::value::Serde(values)).map_err(|error| wrong(name, &error))
+            // Its error may be in base.html.
+            let culprit = |error: minijinja::Error| wrong(error.name().unwrap_or(name), &error);
+            template.render(minijinja::value::Serde(values)).map_err(culprit)
         };
         let [subject, plain, html] = names;
         Ok(Texts { subject: render(subject)?, plain: render(plain)?, html: render(html)? })

@@ -10,9 +10,9 @@ use tokio_rustls::TlsAcceptor;
 /// What the server does with one connection or letter, other than to take it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Answers this to the step (`connect`, `EHLO`, `AUTH`, `MAIL`, `RCPT`, `DATA`, `end`).
+    /// Answers this to the step (`connect`, `EHLO`, `STARTTLS`, `AUTH`, `MAIL`, `RCPT`, `DATA`, `end`).
     Say(&'static str, &'static str),
-    /// Says nothing more from this step on.
+    /// Says nothing more from this step on; also at `handshake`, where the other side has heard that it may begin with TLS.
     Hang(&'static str),
     /// Ends the connection at this step; at `end`, with the whole letter.
     Cut(&'static str),
@@ -41,8 +41,8 @@ pub struct Got {
 struct State {
     faults: VecDeque<Fault>,
     got: Vec<Got>,
-    /// Commands without arguments, those of AUTH whole.
-    said: Vec<String>,
+    /// Commands without arguments, those of AUTH whole; whether they came encrypted.
+    said: Vec<(String, bool)>,
     connections: usize,
 }
 
@@ -111,7 +111,7 @@ impl Mailbox {
         self.got().into_iter().filter(|got| got.taken).collect()
     }
 
-    pub fn said(&self) -> Vec<String> {
+    pub fn said(&self) -> Vec<(String, bool)> {
         self.state.lock().unwrap().said.clone()
     }
 
@@ -137,6 +137,11 @@ impl Mailbox {
         let mut stream = BufReader::new(stream);
         self.act(&mut stream, "connect", "220 test").await?;
         if self.talk(&mut stream, manner, false).await? {
+            match self.fault("handshake") {
+                Some(Fault::Hang(_)) => std::future::pending().await,
+                Some(Fault::Cut(_)) => return None,
+                Some(Fault::Say(..)) | None => {}
+            }
             let acceptor = manner.tls.as_ref()?;
             let stream = acceptor.accept(stream.into_inner()).await.ok()?;
             self.talk(&mut BufReader::new(stream), manner, true).await;
@@ -171,7 +176,7 @@ impl Mailbox {
             let line = line.trim_end();
             let command = line.split([' ', ':']).next().unwrap().to_uppercase();
             let kept = if command == "AUTH" { line.to_owned() } else { command.clone() };
-            self.state.lock().unwrap().said.push(kept);
+            self.state.lock().unwrap().said.push((kept, encrypted));
             let argument = || line.split_once(':').map(|(_, rest)| rest.split(['<', '>']).nth(1).unwrap().to_owned());
             match command.as_str() {
                 "EHLO" => {
@@ -199,7 +204,7 @@ impl Mailbox {
                             stream.flush().await.ok()?;
                             let mut answer = String::new();
                             stream.read_line(&mut answer).await.ok()?;
-                            self.state.lock().unwrap().said.push(answer.trim_end().to_owned());
+                            self.state.lock().unwrap().said.push((answer.trim_end().to_owned(), encrypted));
                         }
                     }
                     self.act(stream, "AUTH", "235 welcome").await?;
