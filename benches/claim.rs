@@ -136,7 +136,8 @@ impl Bench {
 
     async fn record(&self, mut claim: Claim, build: BuildId) {
         let job = self.database.begin_attempt(build, &bench(), 1, &[]).await.unwrap().unwrap();
-        let ended = Ended { outcome: Outcome::Passed, exit: None, detail: None, usage: None, log_bytes: None };
+        let ended =
+            Ended { outcome: Outcome::Passed, exit: None, detail: None, usage: None, log_bytes: None, times: None };
         assert!(claim.record(AttemptId { build, attempt: job.id.attempt }, &ended).await.unwrap().is_some());
         claim.finish();
     }
@@ -160,7 +161,14 @@ impl Bench {
         let id = BuildId(self.client.query_one(insert, &[]).await.unwrap().get(0));
         let mut claim = self.database.claim().await.unwrap();
         // A slot that nobody else asks for.
-        let aside = Builder { name: "held".into(), number: 999_999, max_running: 1, locks: Locks::default() };
+        let aside = Builder {
+            name: "held".into(),
+            number: 999_999,
+            max_running: 1,
+            locks: Locks::default(),
+            executor: "process".into(),
+            settings: "{}".into(),
+        };
         assert!(matches!(claim.take(&aside, &[], &[id]).await.unwrap(), Tried::Claimed { .. }));
         self.database.begin_attempt(id, &bench(), 1, &[]).await.unwrap().unwrap();
         claim

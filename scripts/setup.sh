@@ -1,9 +1,9 @@
 #!/bin/sh
 # Installs what `make test` and `make demo` need and this machine lacks, with the system's own package manager:
-# PostgreSQL's server and client, git, a C compiler; for the tests also supervisor, pgbouncer, and the binaries of
-# PostgreSQL 18. Installs nothing that is there, upgrades nothing, starts nothing.
+# PostgreSQL's server and client, git, a C compiler; for the tests also supervisor, pgbouncer, the binaries of
+# PostgreSQL 18, and Buildbot in a virtual environment. Installs nothing that is there, upgrades nothing, starts nothing.
 #
-#     setup.sh [demo]     demo: without what only tests need
+#     setup.sh [demo | demo-buildbot]     without what only tests need
 set -eu
 purpose=${1:-tests}
 cd "$(dirname "$0")/.."
@@ -62,6 +62,15 @@ if [ "$purpose" = tests ]; then
     there pgbouncer || optional="$optional $(package pgbouncer)"
     # Busybox has an ip too, without network namespaces.
     ip -Version 2>/dev/null | grep -q iproute2 || optional="$optional $(package iproute2)"
+fi
+
+# A virtual environment needs more than python3 on Debian.
+venv_works() { python3 -c 'import venv, ensurepip' 2>/dev/null; }
+if [ "$purpose" != demo ] && ! venv_works; then
+    case $manager in
+    apt-get) optional="$optional python3 python3-venv" ;;
+    *) optional="$optional python3" ;;
+    esac
 fi
 
 may_install() { [ "$(id -u)" = 0 ] || there sudo; }
@@ -185,3 +194,29 @@ get_pg18() {
 }
 
 [ "$purpose" != tests ] || get_pg18
+
+# --- Buildbot, for its tests and its demo ---
+
+get_buildbot() {
+    wanted=tests/buildbot/requirements.txt
+    rm -f .cache/buildbot.missing
+    mkdir -p .cache
+    if cmp -s "$wanted" .cache/buildbot/requirements.txt && .cache/buildbot/bin/buildbot --version >/dev/null 2>&1; then
+        say 'Buildbot is there'
+        return 0
+    fi
+    rm -rf .cache/buildbot
+    say 'getting Buildbot into .cache/buildbot'
+    if ! venv_works; then
+        echo 'there is no python3 that can make virtual environments' >.cache/buildbot.missing
+    elif python3 -m venv .cache/buildbot && .cache/buildbot/bin/pip install --quiet --disable-pip-version-check --retries 1 --timeout 60 --requirement "$wanted"; then
+        cp "$wanted" .cache/buildbot/requirements.txt
+        .cache/buildbot/bin/buildbot --version
+        return 0
+    else
+        echo 'pip could not get it' >.cache/buildbot.missing
+    fi
+    say "Buildbot: $(cat .cache/buildbot.missing), so no tests with it"
+}
+
+[ "$purpose" = demo ] || get_buildbot

@@ -393,8 +393,8 @@ async fn a_worker_that_cannot_start_builds_says_so_and_leaves_them_to_others_for
     let elsewhere = Stopped::these(vec![able.pid()]);
     db.execute("INSERT INTO build_queue (builder) VALUES ('b'), ('behind')").await;
     let (id, behind) = (1, 2);
-    let why = "given back: worker `unable` cannot start builds: the keeper ended; its reason is on the standard error of the daemon that started it";
-    db.wait(&format!("SELECT NOT accepting AND detail = $x${why}$x$ FROM worker_status WHERE worker = 'unable'")).await;
+    let why = "worker `unable` cannot start builds: the keeper ended; its reason is on the standard error of the daemon that started it";
+    db.wait(&format!("SELECT unready ->> 'b' = $x${why}$x$ FROM worker_status WHERE worker = 'unable'")).await;
     let since = Instant::now();
     // It reports in after it was woken, and does not claim.
     for n in 0..3 {
@@ -404,7 +404,7 @@ async fn a_worker_that_cannot_start_builds_says_so_and_leaves_them_to_others_for
     }
     let took = since.elapsed();
     if took < Duration::from_secs(25) {
-        assert_eq!(attempts(&db, id).await, [format!("1|unable|cancelled|{why}")]);
+        assert_eq!(attempts(&db, id).await, [format!("1|unable|cancelled|given back: {why}")]);
         assert_eq!(attempts(&db, behind).await, Vec::<String>::new(), "nor what waits behind it");
     }
     drop(elsewhere);
@@ -414,10 +414,10 @@ async fn a_worker_that_cannot_start_builds_says_so_and_leaves_them_to_others_for
     assert!(attempts(&db, id).await.last().unwrap().ends_with("|able|passed|0"));
     // It tries again by itself.
     std::fs::remove_dir(&socket).unwrap();
-    db.wait("SELECT accepting FROM worker_status WHERE worker = 'unable'").await;
-    assert!(since.elapsed() > Duration::from_secs(25), "{:?}", since.elapsed());
     let own = db.enqueue("own").await;
     assert_eq!(db.finished(own).await, "passed");
+    assert!(since.elapsed() > Duration::from_secs(25), "{:?}", since.elapsed());
+    db.wait("SELECT unready = '{}' FROM worker_status WHERE worker = 'unable'").await;
     drop((unable, able));
 }
 

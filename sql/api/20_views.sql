@@ -110,7 +110,8 @@ SELECT w.name AS worker,
        w.started_at,
        date_trunc('seconds', clock_timestamp() - w.seen_at) AS seen_ago,
        w.detail,
-       w.accepting
+       w.accepting,
+       w.unready
 FROM workers w
 LEFT JOIN alive a ON a.objid = (hashtext(w.name)::bigint & 4294967295)::oid
 ORDER BY w.name;
@@ -128,6 +129,7 @@ COMMENT ON COLUMN worker_status.started_at IS 'When its daemon started.';
 COMMENT ON COLUMN worker_status.seen_ago IS 'How long ago it last looked at the queue.';
 COMMENT ON COLUMN worker_status.detail IS 'One line for a person.';
 COMMENT ON COLUMN worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
+COMMENT ON COLUMN worker_status.unready IS 'Builders whose builds it could not start when it last tried, each with the reason.';
 
 CREATE OR REPLACE VIEW queue_status AS
 WITH waiting AS (
@@ -145,12 +147,13 @@ WITH waiting AS (
               ORDER BY p.finished_at DESC LIMIT 30) f
     ) u
 ), live AS MATERIALIZED (
-    SELECT worker, status, accepting, detail, labels, builders, running < slots AS idle FROM worker_status WHERE status IN ('active', 'draining')
+    SELECT worker, status, accepting, detail, unready, labels, builders, running < slots AS idle FROM worker_status WHERE status IN ('active', 'draining')
 ), offers AS MATERIALIZED (
     -- In one pass: a view that looks costly is compiled by PostgreSQL (jit), and that takes longer than running it.
-    SELECT r.name, count(w.worker) > 0 AS fitting, coalesce(bool_or(w.accepting), false) AS accepting,
-           coalesce(bool_or(w.accepting AND w.idle), false) AS idle,
-           min('worker ' || w.worker || ' is ' || w.detail) FILTER (WHERE NOT w.accepting) AS refusal
+    SELECT r.name, count(w.worker) > 0 AS fitting, coalesce(bool_or(w.accepting AND NOT w.unready ? r.name), false) AS accepting,
+           coalesce(bool_or(w.accepting AND NOT w.unready ? r.name AND w.idle), false) AS idle,
+           coalesce(min(w.unready ->> r.name) FILTER (WHERE w.accepting),
+                    min('worker ' || w.worker || ' is ' || w.detail) FILTER (WHERE NOT w.accepting)) AS refusal
     FROM builders r
     LEFT JOIN live w ON w.status = 'active' AND r.labels <@ w.labels AND r.name ~ (
         SELECT '^(' || string_agg(replace(replace(replace(p, '.', '\.'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)

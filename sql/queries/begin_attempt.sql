@@ -44,7 +44,7 @@ WITH builder AS MATERIALIZED (
         finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL
     FROM builder
     WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL
-    RETURNING b.attempt, b.started_at, b.properties, to_jsonb(b)::text AS row_json
+    RETURNING b.attempt, b.started_at, b.queued_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
     INSERT INTO build_attempts (build_id, attempt, builder, worker, folder, started_at, slot, lock_units)
     SELECT $1, s.attempt, r.name, $2, $6, s.started_at, $3, $5 FROM started s CROSS JOIN builder r
@@ -56,5 +56,8 @@ SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS starte
        ARRAY(SELECT key FROM jsonb_each_text(r.env) ORDER BY key) AS env_names,
        ARRAY(SELECT value FROM jsonb_each_text(r.env) ORDER BY key) AS env_values,
        extract(epoch FROM r.timeout)::float8 AS timeout_seconds,
-       extract(epoch FROM r.silence_timeout)::float8 AS silence_seconds
+       extract(epoch FROM r.silence_timeout)::float8 AS silence_seconds, r.settings::text AS settings,
+       (extract(epoch FROM coalesce((SELECT min(a.started_at) FROM build_attempts a WHERE a.build_id = $1), s.started_at)) * 1000000)::bigint AS first_us,
+       (SELECT coalesce(max(a.attempt), 0) + 1 FROM build_attempts a
+        WHERE a.build_id = $1 AND (a.state <> 'lost' OR a.started_at < s.queued_at)) AS adopt_from
 FROM started s CROSS JOIN builder r

@@ -2,11 +2,14 @@
 -- as its only write. No row comes back when the attempt is not the build's running one any more.
 -- $1 build  $2 attempt  $3 attempt_state  $4 exit code  $5 signal  $6 detail  $7 user seconds  $8 system seconds
 -- $9 max rss, bytes  $10 log, bytes  $11 charged: whether the attempt counts (false: it was given back)
+-- $12 started  $13 finished, microseconds since 1970, of a build that another system ran; null: as seen from here
 -- Locks: the rows of builds, build_attempts and build_queue of this build, until the COMMIT that follows.
 WITH ended AS MATERIALIZED (
     SELECT $1::bigint AS build_id, $2::integer AS attempt, $3::text AS state, $4::integer AS exit_code, $5::integer AS term_signal,
            $6::text AS detail, $7::float8 AS user_seconds, $8::float8 AS system_seconds, $9::bigint AS max_rss_bytes,
-           $10::bigint AS log_bytes, $11::boolean AS charged
+           $10::bigint AS log_bytes, $11::boolean AS charged,
+           'epoch'::timestamptz + $12::bigint * interval '1 microsecond' AS started_at,
+           'epoch'::timestamptz + $13::bigint * interval '1 microsecond' AS finished_at
 ), tries AS MATERIALIZED (
     SELECT count(*) FILTER (WHERE a.state IN ('error', 'lost')) AS broken,
            count(*) FILTER (WHERE a.state IN ('failed', 'timed_out')) AS failed
@@ -46,7 +49,12 @@ WITH ended AS MATERIALIZED (
 ), build AS (
     UPDATE builds b
     SET state = v.state, detail = v.detail, exit_code = e.exit_code, term_signal = e.term_signal,
-        finished_at = CASE WHEN build_state_is_final(v.state) THEN a.finished_at END
+        -- Another system's clock may be wrong, and has whole seconds: not before the attempt, nor after its result. The attempt keeps its
+        -- own start, which tells it from others.
+        started_at = CASE WHEN e.started_at IS NULL THEN b.started_at ELSE least(greatest(e.started_at, b.started_at), a.finished_at) END,
+        finished_at = CASE WHEN NOT build_state_is_final(v.state) THEN NULL
+                           WHEN e.finished_at IS NULL THEN a.finished_at
+                           ELSE least(greatest(e.finished_at, e.started_at, b.started_at), a.finished_at) END
     FROM ended e, verdict v, attempt a WHERE b.id = $1::bigint
 ), again AS (
     UPDATE build_queue q

@@ -147,7 +147,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             DaemonError::Database(error) => database_exit_code(error),
             // Somebody else's lock, a full disk: a supervisor should try again.
             DaemonError::Folder { source, .. } if is_passing(source) => exit::TEMPFAIL,
-            DaemonError::Schema(_) | DaemonError::Folder { .. } | DaemonError::Mail(_) => exit::CONFIG,
+            DaemonError::Kick { source, .. } if source.kind() == std::io::ErrorKind::AddrInUse => exit::TEMPFAIL,
+            DaemonError::Schema(_)
+            | DaemonError::Kick { .. }
+            | DaemonError::Folder { .. }
+            | DaemonError::Mail(_)
+            | DaemonError::Buildbot(_) => exit::CONFIG,
             DaemonError::Signals(_) => exit::SOFTWARE,
         };
     }

@@ -8,7 +8,7 @@ use super::value::{DAY, Value};
 
 /// Sections of the design whose behaviour does not exist yet. An issue that adds one takes it out
 /// here and adds its keys to [`all`].
-pub(super) const NOT_YET: &[&str] = &["buildbot", "kick", "http"];
+pub(super) const NOT_YET: &[&str] = &["http"];
 
 /// One setting.
 pub(super) struct Key {
@@ -175,6 +175,13 @@ static KEYS: &[Key] = &[
         must: "a duration with a unit, from 1 s to 36500 days (left out: as long as their builds)",
         example: "\"30 days\"",
         set: |c, v| v.duration(AGES).map(|age| c.retention.logs = Some(age)),
+    },
+    Key {
+        section: "kick",
+        name: "listen",
+        must: "an address and a port from 1 to 65535",
+        example: "\"127.0.0.1:7999\"",
+        set: |c, v| v.socket_address().map(|address| c.kick.listen = Some(address)),
     },
 ];
 

@@ -4,6 +4,7 @@
 //! share. Reading goes on after an error, so that one run shows all that is wrong; nothing is
 //! ever ignored, because a misspelt key that is ignored is a setting the operator believes in.
 
+mod buildbot;
 mod keys;
 mod mail;
 mod reader;
@@ -13,10 +14,13 @@ mod refusals;
 mod tests;
 mod value;
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use self::buildbot::Buildbot;
 pub use self::mail::{Auth, Mail, Server, StartTls};
 
 /// Where the file is looked for without `--config`. It need not exist.
@@ -37,6 +41,9 @@ pub struct Config {
     pub log: Log,
     pub retention: Retention,
     pub mail: Mail,
+    pub kick: Kick,
+    /// By NAME.
+    pub buildbot: BTreeMap<String, Buildbot>,
     file: Option<PathBuf>,
     overrides: Vec<String>,
 }
@@ -114,6 +121,13 @@ pub struct Retention {
     /// How long after the end of its build a log is kept in the database: 1 s to 36500 days.
     /// Default: as long as the build.
     pub logs: Option<Duration>,
+}
+
+/// `[kick]`: a TCP port on which every connection is a wake.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Kick {
+    /// Where to listen. Default: `None`, nowhere.
+    pub listen: Option<SocketAddr>,
 }
 
 impl Config {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use toml::de::{DeTable, DeValue};
 
+use super::buildbot;
 use super::keys::{self, Key, NOT_YET, nearest, sections};
 use super::value::{Value, is_worker_name, one_line, quoted, wrong_type};
 use super::{Config, ConfigErrors, KILL_TIME};
@@ -96,6 +97,10 @@ impl Reader {
             let line = position(text.as_bytes(), section.span().start).0;
             let section = section.get_ref().as_ref();
             match value.get_ref() {
+                other if section == buildbot::SECTION => {
+                    let at = |byte| position(text.as_bytes(), byte).0;
+                    found.extend(buildbot::section(&mut self.config, other, line, at));
+                }
                 _ if NOT_YET.contains(&section) => found.push((line, not_yet(section))),
                 DeValue::Table(entries) if sections().contains(&section) => {
                     for (name, value) in entries {
@@ -138,7 +143,15 @@ impl Reader {
         // The shared one first, so that our own overrides it.
         let ordered = variables.iter().filter(shared);
         let mut overrides: BTreeMap<Id, String> = BTreeMap::new();
+        let mut others = Vec::new();
         for (variable, value) in ordered.chain(variables.iter().filter(own)) {
+            if let Some(set) = buildbot::variable(&mut self.config, variable, value) {
+                if let Err(wrong) = set {
+                    self.errors.push(format!("{variable}: {wrong}"));
+                }
+                others.push(variable.clone());
+                continue;
+            }
             let is_it = |key: &&'static Key| match variable.as_str() {
                 "DATABASE_URL" => key.section == "database" && key.name == "url",
                 other => key.variable() == other,
@@ -153,7 +166,7 @@ impl Reader {
                 self.errors.push(format!("{variable}: {wrong}, it must be {}, for example {example}", key.must));
             }
         }
-        self.config.overrides = overrides.into_values().collect();
+        self.config.overrides = overrides.into_values().chain(others).collect();
     }
 
     fn set(&mut self, key: &Key, value: &Value<'_>, place: String) -> Result<(), String> {
@@ -249,7 +262,7 @@ fn wrong_section(section: &str, value: &DeValue<'_>) -> String {
             "unknown section {shown}, {}",
             match nearest(section, sections().into_iter()) {
                 Some(near) => format!("did you mean `[{near}]`?"),
-                None => format!("known are `{}`", sections().join("`, `")),
+                None => format!("known are `{}`, `buildbot.NAME`", sections().join("`, `")),
             }
         ),
         DeValue::String(_)

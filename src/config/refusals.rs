@@ -7,15 +7,12 @@ use super::tests::{accepts, on_host, read, refuses, refuses_variable, without_fi
 #[test]
 fn unknown_names_are_refused_with_the_nearest_known_one() {
     let not_yet = |name| format!("FILE:1: section `{name}` is not supported by this version, remove it");
-    for name in ["kick", "http"] {
-        refuses(&format!("{name}.x = 1\n{name}.y = 2"), &[&not_yet(name)]);
-    }
-    refuses("[buildbot.main]\nurl = 1\n[buildbot.b]", &[&not_yet("buildbot")]);
+    refuses("http.x = 1\nhttp.y = 2", &[&not_yet("http")]);
     refuses(
         "[[worker]]\n[xyz]\n",
         &[
             "FILE:1: worker: an array is given, it must be a section, for example `[worker]`",
-            "FILE:2: unknown section `xyz`, known are `database`, `worker`, `reactor`, `lease`, `log`, `retention`, `mail`",
+            "FILE:2: unknown section `xyz`, known are `database`, `worker`, `reactor`, `lease`, `log`, `retention`, `kick`, `mail`, `buildbot.NAME`",
         ],
     );
     refuses(
@@ -47,9 +44,9 @@ fn unknown_variables_are_refused_except_those_of_others() {
     ];
     assert_eq!(without_file(&others, "host").unwrap(), on_host("host"));
     refuses_variable(
-        "BUILDREACTOR_KICK_LISTEN",
+        "BUILDREACTOR_HTTP_LISTEN",
         "x",
-        "BUILDREACTOR_KICK_LISTEN: section `kick` is not supported by this version, remove it",
+        "BUILDREACTOR_HTTP_LISTEN: section `http` is not supported by this version, remove it",
     );
     refuses_variable(
         "BUILDREACTOR_SLOTS",
@@ -206,4 +203,55 @@ fn settings_must_fit_together() {
     accepts("[lease]\nping = \"13s\"\nlease = \"39s\"\ngrace = \"49s\"\n");
     // A refused value says nothing about how the others fit it.
     assert_eq!(said("lease", "ping", "\"2 days\""), "`2 days` is out of range");
+}
+
+#[test]
+fn masters_have_sections_of_their_own() {
+    let file = "[buildbot.main]\nurl = \"http://localhost:8010\"\n[buildbot.big-1]\nurl = \"https://b.example.org/bb/\"\nuser = \"u\"\npassword_file = \"/p\"\nca_file = \"/c\"\n";
+    let masters = read(file.as_bytes(), &[("BUILDREACTOR_BUILDBOT_BIG_1_USER", "v")]).unwrap().buildbot;
+    assert_eq!(masters.keys().collect::<Vec<_>>(), ["big-1", "main"]);
+    assert_eq!((masters["main"].url.as_str(), &masters["main"].user), ("http://localhost:8010", &None));
+    let expected = super::Buildbot {
+        url: "https://b.example.org/bb/".to_owned(),
+        user: Some("v".to_owned()),
+        password_file: Some("/p".into()),
+        ca_file: Some("/c".into()),
+    };
+    assert_eq!(masters["big-1"], expected);
+    for key in super::buildbot::KEYS {
+        let other = if key.name == "url" { "" } else { "url = \"http://h\"\n" };
+        accepts(&format!("[buildbot.m]\n{other}{} = {}\n", key.name, key.example));
+    }
+    refuses(
+        "buildbot = 1",
+        &["FILE:1: buildbot: an integer is given, it must be a section, for example `[buildbot.main]`"],
+    );
+    refuses(
+        "[buildbot]\nurl = \"http://h\"\n[buildbot.\"a b\"]\n[buildbot.c]\nusr = 1\nuser = 2\n[buildbot.d]\nurl = \"http://u:secret@h\"\n[buildbot.e]\nurl = \"h:8010\"",
+        &[
+            "FILE:2: buildbot.url: a string is given, put it into a section that names the master, for example `[buildbot.main]`",
+            "FILE:3: buildbot.a b: a master's name must be 1 to 63 characters of `A-Z a-z 0-9 . _ -`",
+            "FILE:4: buildbot.c: it has no `url`, for example `url = \"http://localhost:8010\"`",
+            "FILE:5: buildbot.c.usr: unknown key, did you mean `user`?",
+            "FILE:6: buildbot.c.user: an integer is given, it must be a user name, for example `user = \"buildreactor\"`",
+            "FILE:8: buildbot.d.url: user and password are keys of their own, it must be an address that begins with \
+             `https://` or `http://`, for example `url = \"http://localhost:8010\"`",
+            "FILE:10: buildbot.e.url: `h:8010` is no such address, it must be an address that begins with \
+             `https://` or `http://`, for example `url = \"http://localhost:8010\"`",
+        ],
+    );
+    refuses_variable(
+        "BUILDREACTOR_BUILDBOT_MAIN_URL",
+        "http://h",
+        "BUILDREACTOR_BUILDBOT_MAIN_URL: the file has no section [buildbot.main] that it could override",
+    );
+}
+
+#[test]
+fn the_kick_port_is_an_address_of_this_machine() {
+    let listen = |value| said("kick", "listen", value);
+    assert_eq!(accepts("[kick]\nlisten = \"[::1]:7999\"").kick.listen.unwrap().port(), 7999);
+    for value in ["\"7999\"", "\"localhost:7999\"", "\"127.0.0.1:0\""] {
+        assert_eq!(listen(value), format!("{} is no such address", value.replace('"', "`")));
+    }
 }

@@ -279,7 +279,8 @@ fn the_example_file_shows_every_key_with_its_default() {
     assert_eq!((as_it_is.retention.clone(), as_it_is.mail.clone()), Default::default());
     assert!(same(&as_it_is) && as_it_is.database.url.is_none());
 
-    let is_key = |line: &str| all().any(|key| line.starts_with(&format!("#{} =", key.name)));
+    let names: Vec<&str> = all().map(|key| key.name).chain(super::buildbot::KEYS.iter().map(|key| key.name)).collect();
+    let is_key = |line: &str| names.iter().any(|name| line.starts_with(&format!("#{name} =")));
     let uncommented: Vec<&str> =
         example.lines().map(|line| if is_key(line) || line.starts_with("#[") { &line[1..] } else { line }).collect();
     let config = accepts(&uncommented.join("\n"));
@@ -290,5 +291,8 @@ fn the_example_file_shows_every_key_with_its_default() {
         let section = uncommented.iter().skip_while(|line| **line != header).skip(1);
         let mut section = section.take_while(|line| !line.starts_with('['));
         assert!(section.any(|l| l.starts_with(&line)), "{header} {line}");
+    }
+    for key in super::buildbot::KEYS {
+        assert!(example.contains(&format!("\n#{} = {}\n", key.name, key.example)), "{}", key.name);
     }
 }

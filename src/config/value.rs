@@ -2,6 +2,7 @@
 //!
 //! An error here says only what is wrong; the key's table entry says what it must look like.
 
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -60,6 +61,12 @@ impl Value<'_> {
         let text = self.text()?;
         let path = PathBuf::from(&text);
         if path.is_absolute() { Ok(path) } else { Err(format!("{} is not absolute", quoted(&text))) }
+    }
+
+    pub(super) fn socket_address(&self) -> Result<SocketAddr, String> {
+        let text = self.text()?;
+        let address = text.parse::<SocketAddr>().ok().filter(|address| address.port() > 0);
+        address.ok_or_else(|| format!("{} is no such address", quoted(&text)))
     }
 
     pub(super) fn count(&self, range: RangeInclusive<u32>) -> Result<u32, String> {

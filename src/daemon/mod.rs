@@ -1,6 +1,7 @@
 //! Builds everything in order, listens to signals, stops in order.
 
 mod janitor;
+mod kick;
 mod postman;
 mod retention;
 
@@ -18,7 +19,8 @@ use crate::config::{Config, KILL_TIME};
 use crate::database::mail::Reach;
 use crate::database::migrate::{SchemaState, known_version, schema_state};
 use crate::database::queries::Hello;
-use crate::database::{ConnInfo, Database, DatabaseError, SessionLimits};
+use crate::database::{ConnInfo, Database, DatabaseError, News, SessionLimits};
+use crate::executor::buildbot::{self, BuildbotExecutor};
 use crate::executor::{Folders, Registry, process};
 use crate::mail::{MailError, Mailer};
 pub use crate::reactor::Left;
@@ -56,6 +58,17 @@ pub enum DaemonError {
     /// `[mail]` cannot work as it is.
     #[error(transparent)]
     Mail(#[from] MailError),
+    /// The kick port cannot be opened.
+    #[error("cannot listen on `{address}` ([kick] listen): {source}")]
+    Kick {
+        /// The port.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A section `[buildbot.NAME]` cannot work as it is.
+    #[error("{0}")]
+    Buildbot(String),
     /// Signals cannot be received.
     #[error("cannot listen to signals: {0}")]
     Signals(std::io::Error),
@@ -88,10 +101,18 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         file_limit: config.log.file_limit,
         pid_namespace: worker.pid_namespace,
     };
+    let port = match config.kick.listen {
+        Some(address) => Some(
+            kick::open(address).await.map_err(|source| DaemonError::Kick { address: address.to_string(), source })?,
+        ),
+        None => None,
+    };
+    let masters = buildbot::Settings { masters: config.buildbot.clone(), file_limit: config.log.file_limit };
+    let masters = BuildbotExecutor::new(masters).map_err(DaemonError::Buildbot)?;
     // May wait for processes of an earlier daemon.
     let mut receive_orders = receive_orders;
     let executors = tokio::select! {
-        executors = Registry::new(settings) => executors,
+        executors = Registry::new(settings, masters) => executors,
         _ = receive_orders.recv() => return Ok(Left::Ordered),
     };
     let executors =
@@ -117,6 +138,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         let reach = Reach::default();
         crate::tasks::spawn(Postman { database, mailer, reach, name, bell, stopping }.run())
     });
+    let news = Arc::new(News::default());
+    let kicks = port.map(|port| crate::tasks::spawn(kick::run(port, Arc::clone(&news))));
     let (giving_back, giving_up) = (CancellationToken::new(), CancellationToken::new());
     let shared = Arc::new(Shared {
         database,
@@ -149,11 +172,11 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         tokio::time::sleep(LAST_WORDS).await;
     };
     let left = tokio::select! {
-        left = Reactor::new(shared, receive_orders).run() => left,
+        left = Reactor::new(shared, receive_orders, news).run() => left,
         // A result may be under way at this moment; the next daemon asks the attempt's own row.
         () = gone => Ok(Left::Ordered),
     };
-    drop((signals, janitor, retention, deadline));
+    drop((signals, kicks, janitor, retention, deadline));
     stopping.cancel();
     tidying.close();
     // The reactor has dropped its heralds; what they said is still sent, and old folders removed, but not for ever.

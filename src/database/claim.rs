@@ -240,6 +240,7 @@ impl Claim {
                             detail: Some(format!("recorded without details: {}", crate::report::Chain(&error))),
                             usage: None,
                             log_bytes: None,
+                            times: None,
                             outcome: ended.outcome,
                         });
                     }
@@ -263,7 +264,8 @@ impl Claim {
         let usage = ended.usage;
         let (user, system, rss) =
             (usage.map(|u| u.user_seconds), usage.map(|u| u.system_seconds), usage.map(|u| u.max_rss_bytes));
-        let values: [&(dyn ToSql + Sync); 11] = [
+        let (started, finished) = ended.times.unzip();
+        let values: [&(dyn ToSql + Sync); 13] = [
             &id.build.0,
             &id.attempt,
             &state,
@@ -275,6 +277,8 @@ impl Claim {
             &rss,
             &ended.log_bytes,
             &charged,
+            &started,
+            &finished,
         ];
         // Preparing it, where that was not done before, waits for locks too: behind the savepoint, like the statement.
         let statement = async {

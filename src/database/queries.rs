@@ -1,12 +1,13 @@
 //! One constant and one function per file in `sql/queries`. All but the claim's run on a work connection, each in a
 //! transaction of its own.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio_postgres::types::ToSql;
 
 use super::{Database, Result, answered};
-use crate::model::{AttemptId, BuildId, Job};
+use crate::model::{AttemptId, BuildId, Job, Seen};
 
 macro_rules! statements {
     ($($name:ident = $file:literal;)*) => {
@@ -20,6 +21,7 @@ macro_rules! statements {
 }
 
 statements! {
+    ATTEMPT_SEEN = "attempt_seen.sql";
     ATTEMPT_STATE = "attempt_state.sql";
     BEGIN_ATTEMPT = "begin_attempt.sql";
     CLAIM_AGAIN = "claim_again.sql";
@@ -154,6 +156,11 @@ pub struct AdvisoryKeys {
     pub keys: Vec<i32>,
 }
 
+/// An interval of months and days may be positive as PostgreSQL compares it, and not so in seconds.
+fn limit(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1))
+}
+
 impl Database {
     /// Makes an attempt visible, and brings everything needed to run it. `None`: the builder is paused, or its limits
     /// have changed, or the build is not waiting.
@@ -181,8 +188,6 @@ impl Database {
         let pairs = |names: &str, values: &str| -> Vec<(String, String)> {
             row.get::<_, Vec<String>>(names).into_iter().zip(row.get::<_, Vec<String>>(values)).collect()
         };
-        // An interval of months and days may be positive as PostgreSQL compares it, and not so in seconds.
-        let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1));
         Ok(Some(Job {
             id: AttemptId { build, attempt: row.get("attempt") },
             started_us: row.get("started_us"),
@@ -198,6 +203,10 @@ impl Database {
             silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(limit),
             keep_workspace: row.get("keep_workspace"),
             dir: std::path::PathBuf::new(),
+            settings: row.get("settings"),
+            first_us: row.get("first_us"),
+            adopt_from: row.get("adopt_from"),
+            age: Duration::ZERO,
         }))
     }
 
@@ -220,10 +229,14 @@ impl Database {
             env: Vec::new(),
             properties: Vec::new(),
             row: String::new(),
-            timeout: Duration::ZERO,
-            silence_timeout: None,
+            timeout: limit(row.get("timeout_seconds")),
+            silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(limit),
             keep_workspace: row.get("keep_workspace"),
             dir: std::path::PathBuf::new(),
+            settings: row.get("settings"),
+            first_us: row.get("first_us"),
+            adopt_from: row.get("adopt_from"),
+            age: Duration::try_from_secs_f64(row.get("age_seconds")).unwrap_or_default(),
         };
         Ok(rows.iter().map(job).collect())
     }
@@ -305,7 +318,22 @@ impl Database {
         answered(STEP, transaction.commit()).await
     }
 
-    /// Reports in. `detail`: one line for people. `accepting`: whether it claims builds.
+    /// Writes what another system tells of an attempt; nothing when it has ended.
+    ///
+    /// # Errors
+    /// Nothing was written.
+    pub async fn attempt_seen(&self, id: AttemptId, seen: &Seen) -> Result<()> {
+        const STEP: &str = "write the steps of a build";
+        let session = self.work().await?;
+        let sql = answered(STEP, session.prepare_cached(ATTEMPT_SEEN)).await?;
+        let steps = tokio_postgres::types::Json(&seen.steps);
+        let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &seen.url, &seen.worker, &steps];
+        answered(STEP, session.execute(&sql, &values)).await?;
+        Ok(())
+    }
+
+    /// Reports in. `detail`: one line for people. `accepting`: whether it claims builds. `unready`: builders whose builds it cannot start,
+    /// each with the reason.
     ///
     /// # Errors
     /// Not reported; the next look tries again.
@@ -315,6 +343,7 @@ impl Database {
         state: &str,
         detail: Option<&str>,
         accepting: bool,
+        unready: &BTreeMap<String, String>,
         started: bool,
     ) -> Result<Heard> {
         const STEP: &str = "report this worker";
@@ -336,6 +365,7 @@ impl Database {
                     &started,
                     &accepting,
                     &hello.folder,
+                    &tokio_postgres::types::Json(unready),
                 ],
             ),
         )

@@ -22,6 +22,7 @@ pub const NAME_LOCK_CLASS: i32 = -2;
 pub struct News {
     bell: Notify,
     control: std::sync::atomic::AtomicBool,
+    kicked: std::sync::atomic::AtomicBool,
 }
 
 impl News {
@@ -36,6 +37,17 @@ impl News {
     /// Rings.
     pub fn ring(&self) {
         self.bell.notify_one();
+    }
+
+    /// Rings, and asks for a look at everything: what has come may bear no mark by which it could be seen to be new.
+    pub fn kick(&self) {
+        self.kicked.store(true, std::sync::atomic::Ordering::Release);
+        self.ring();
+    }
+
+    /// Whether there was a kick since the last call.
+    pub fn take_kick(&self) -> bool {
+        self.kicked.swap(false, std::sync::atomic::Ordering::AcqRel)
     }
 
     /// Whether something came over `build_control` since the last call: builders changed, a cancel, a drain.
@@ -178,6 +190,8 @@ impl Watch {
                 name: row.get("name"),
                 number: row.get("number"),
                 max_running: row.get("max_running"),
+                executor: row.get("executor"),
+                settings: row.get("settings"),
                 locks: Locks {
                     names: row.get("locks"),
                     numbers: row.get("lock_numbers"),

@@ -1,5 +1,6 @@
 //! What runs an attempt. Adding an executor: one file, one line in [`Registry::new`], one line in the conformance test.
 
+pub mod buildbot;
 pub mod process;
 
 use std::collections::HashMap;
@@ -13,10 +14,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{Ended, Job};
+use crate::model::{BuildId, Builder, Ended, Job, Seen};
 
 /// A boxed future, because executors are looked up by name.
 pub type Running<'a> = Pin<Box<dyn Future<Output = Ended> + Send + 'a>>;
+
+/// Likewise of [`Executor::ready`].
+pub type Ready<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
 
 /// How an attempt is begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +36,15 @@ pub enum Begin {
 pub struct Tether {
     /// When cancelled, the attempt is ended soon: terminate, then kill.
     pub stop: CancellationToken,
+    /// Cancelled before `stop` when the claim is lost for good: what would go on without this daemon, and does not run twice when others
+    /// take it over, need not be ended.
+    pub claim_lost: CancellationToken,
     /// Until when its processes may live ([`crate::clock::boottime`]); moved on with each confirmation of the claim.
     pub lease: watch::Receiver<Duration>,
     /// Set once it would go on without this daemon, and be found again by the next.
     pub begun: Arc<AtomicBool>,
+    /// What another system tells of the attempt; the last value is written to the database.
+    pub seen: watch::Sender<Seen>,
 }
 
 /// Runs attempts of one kind.
@@ -48,8 +57,17 @@ pub trait Executor: Send + Sync {
     /// Dropping the future leaves the attempt running until the end of its lease, or until it is adopted.
     fn run<'a>(&'a self, job: &'a Job, begin: Begin, tether: Tether) -> Running<'a>;
 
-    /// One line about how it works here, for `workers.detail`.
-    fn detail(&self) -> String;
+    /// Whether an attempt of `builder`, one of `candidates`, could be started now; asked before anything is claimed.
+    ///
+    /// # Errors
+    /// Why not, for `waiting_because`. Asked again 2 s later, and at each wake.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    fn ready<'a>(&'a self, builder: &'a Builder, candidates: &'a [BuildId]) -> Ready<'a>;
+
+    /// One line about how it works here, for `workers.detail`; `None`: nothing worth one.
+    fn detail(&self) -> Option<String>;
 }
 
 /// Executors by their name in `builders.executor`.
@@ -62,16 +80,18 @@ impl Registry {
     /// All executors of this version.
     ///
     /// # Errors
-    /// One cannot work here.
-    pub async fn new(settings: process::Settings) -> std::io::Result<Registry> {
-        let process: Arc<dyn Executor> = Arc::new(process::ProcessExecutor::new(settings).await?);
-        Ok(Registry { by_name: Arc::new(HashMap::from([("process", process)])) })
+    /// The folder of `process` cannot be used, or another daemon uses it.
+    pub async fn new(process: process::Settings, buildbot: buildbot::BuildbotExecutor) -> std::io::Result<Registry> {
+        let process: Arc<dyn Executor> = Arc::new(process::ProcessExecutor::new(process).await?);
+        let buildbot: Arc<dyn Executor> = Arc::new(buildbot);
+        Ok(Registry { by_name: Arc::new(HashMap::from([("process", process), ("buildbot", buildbot)])) })
     }
 
     /// One line about how builds run here, for `workers.detail`.
     pub fn detail(&self) -> String {
-        let mut details: Vec<String> = self.by_name.values().map(|executor| executor.detail()).collect();
-        details.sort();
+        let mut details: Vec<String> = self.by_name.values().filter_map(|executor| executor.detail()).collect();
+        // The trees of `process` first.
+        details.sort_by(|a, b| b.cmp(a));
         details.join("; ")
     }
 
@@ -79,6 +99,18 @@ impl Registry {
     pub fn get(&self, name: &str) -> Option<Arc<dyn Executor>> {
         self.by_name.get(name).cloned()
     }
+}
+
+/// "1h 30m", as in the configuration file.
+pub(crate) fn human(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    let parts: Vec<String> = [(hours, "h"), (minutes, "m"), (rest, "s")]
+        .into_iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, unit)| format!("{n}{unit}"))
+        .collect();
+    if parts.is_empty() { format!("{} ms", duration.as_millis()) } else { parts.join(" ") }
 }
 
 /// Folders of one worker, below `[worker] state_dir`.

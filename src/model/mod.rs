@@ -44,6 +44,10 @@ pub struct Builder {
     pub max_running: i32,
     /// Locks of which each of its builds holds one unit.
     pub locks: Locks,
+    /// `builders.executor`.
+    pub executor: String,
+    /// `builders.settings`, JSON.
+    pub settings: String,
 }
 
 /// The locks of a builder, in the order of their names.
@@ -98,6 +102,16 @@ pub struct Job {
     pub worker: String,
     /// `builders.executor`. Adopted too.
     pub executor: String,
+    /// `builders.settings`, JSON. Adopted too.
+    pub settings: String,
+    /// Start of the build's first attempt, microseconds since 1970: with the build's number it tells the build from one in another
+    /// database. Adopted too.
+    pub first_us: i64,
+    /// The attempts from this one to the one before were lost, so that what they had begun elsewhere is this one's; the attempt's own
+    /// number where there is none. Adopted too.
+    pub adopt_from: i32,
+    /// How long it had run when this was read. Adopted too.
+    pub age: Duration,
     /// `builders.script`.
     pub script: Option<String>,
     /// `builders.env`.
@@ -107,9 +121,9 @@ pub struct Job {
     pub properties: Vec<(String, String)>,
     /// The whole row of `builds` as JSON, columns of the user's own included.
     pub row: String,
-    /// Limit for the whole attempt.
+    /// Limit for the whole attempt. Adopted too.
     pub timeout: Duration,
-    /// Limit for a time without output.
+    /// Limit for a time without output. Adopted too.
     pub silence_timeout: Option<Duration>,
     /// Reuse the builder's working directory.
     pub keep_workspace: bool,
@@ -191,13 +205,43 @@ pub struct Ended {
     pub usage: Option<Usage>,
     /// Bytes of output, also those that no log holds.
     pub log_bytes: Option<i64>,
+    /// When another system started and finished it, microseconds since 1970 by that system's clock; `None`: it ran here.
+    pub times: Option<(i64, i64)>,
 }
 
 impl Ended {
     /// An end without a process: `outcome` and why.
     pub fn without_process(outcome: Outcome, detail: impl Into<String>) -> Ended {
-        Ended { outcome, exit: None, detail: Some(detail.into()), usage: None, log_bytes: None }
+        Ended { outcome, exit: None, detail: Some(detail.into()), usage: None, log_bytes: None, times: None }
     }
+}
+
+/// What another system tells of an attempt that runs there.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Seen {
+    /// Where it is shown.
+    pub url: Option<String>,
+    /// Who builds it there.
+    pub worker: Option<String>,
+    /// Its steps, in order.
+    pub steps: Vec<Step>,
+}
+
+/// A step of an attempt.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Step {
+    /// From 1.
+    pub position: i32,
+    /// Its name.
+    pub name: String,
+    /// `build_steps.state`.
+    pub state: &'static str,
+    /// Microseconds since 1970.
+    pub started_us: Option<i64>,
+    /// Microseconds since 1970.
+    pub finished_us: Option<i64>,
+    /// One line for a person.
+    pub detail: Option<String>,
 }
 
 /// What the record of a result led to.

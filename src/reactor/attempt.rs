@@ -8,12 +8,12 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
-use super::Shared;
+use super::{Shared, scribe};
 use crate::database::claim::Pulse;
 use crate::database::{Claim, DatabaseError, Tried};
 use crate::executor::{Begin, Tether};
 use crate::logs::{self, Shipped};
-use crate::model::{AttemptId, BuildId, Builder, Ended, Job, Outcome, Recorded, Unlocked};
+use crate::model::{AttemptId, BuildId, Builder, Ended, Job, Outcome, Recorded, Seen, Unlocked};
 use crate::report::Chain;
 
 /// Between two tries to get a lost claim back, or to record a result while the database is away.
@@ -72,6 +72,8 @@ impl Stop {
 /// How an attempt, or the try to start one, ended.
 #[derive(Debug)]
 pub enum Done {
+    /// Its executor cannot start a build of this builder now; nothing was claimed. For people: why.
+    NotReady(String),
     /// No slot of the builder was free anywhere.
     BuilderBusy,
     /// Not all of the builder's locks had a free unit.
@@ -88,8 +90,6 @@ pub enum Done {
         id: AttemptId,
         /// `None`: its result was no longer ours to record.
         recorded: Option<Recorded>,
-        /// Why this worker cannot start builds at the moment.
-        unable: Option<String>,
     },
     /// The daemon leaves, and the attempt goes on: for the next one.
     Left(AttemptId),
@@ -106,6 +106,11 @@ pub async fn attempt(
     candidates: &[BuildId],
     progress: &tokio::sync::mpsc::UnboundedSender<Progress>,
 ) -> Done {
+    if let Some(executor) = shared.executors.get(&builder.executor)
+        && let Err(why) = executor.ready(builder, candidates).await
+    {
+        return Done::NotReady(why);
+    }
     let mut claim = match shared.database.claim().await {
         Ok(claim) => claim,
         Err(error) => return Done::Failed(error),
@@ -236,13 +241,14 @@ impl<'a> Attempt<'a> {
             resume: begin == Begin::Adopt,
         };
         let shipper = crate::tasks::spawn(logs::ship(self.shared.database.clone(), source.clone(), log_ended.clone()));
-        let Some(mut ended) = self.execute(begin).await else {
+        let (seen, news) = watch::channel(Seen::default());
+        let scribe = crate::tasks::spawn(scribe::write(self.shared.database.clone(), id, news));
+        let Some(mut ended) = self.execute(begin, seen).await else {
             // Dropping the claim lets go of the row, and the shipper leaves off where its last transaction did.
             tracing::info!(build.id = %id.build, build.attempt = id.attempt,
                 "build {id} goes on; it lives for {} s more, or until worker `{}` comes back", self.shared.settings.lease.as_secs(), self.job.worker);
             return Done::Left(id);
         };
-        let unable = ended.outcome == Outcome::GivenBack;
         log_ended.cancel();
         match shipper.await {
             Ok(Shipped::Whole) => {}
@@ -250,6 +256,9 @@ impl<'a> Attempt<'a> {
             Err(error) => {
                 tracing::error!(build.id = %id.build, "the log of build {id} was not written to its end: {error}")
             }
+        }
+        if let Err(error) = scribe.await {
+            tracing::error!(build.id = %id.build, "the steps of build {id} were not written to the end: {error}");
         }
         if let (Outcome::Lost, Some(reason)) = (ended.outcome, self.stop.cancelled.get()) {
             let detail = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
@@ -261,8 +270,6 @@ impl<'a> Attempt<'a> {
             let detail = format!("given back: worker `{}` stopped", self.job.worker);
             ended = Ended { outcome: Outcome::GivenBack, exit: None, detail: Some(detail), ..ended };
         }
-        // Before it had begun: this worker cannot start anything at the moment.
-        let unable = (begin == Begin::Start && unable).then(|| ended.detail.clone().unwrap_or_default());
         let recorded = self.record(&ended).await;
         self.tell(&ended, recorded.as_ref(), started.elapsed());
         let database = self.shared.database.clone();
@@ -279,15 +286,22 @@ impl<'a> Attempt<'a> {
                 tracing::warn!("cannot tidy `{}`: {error}", dir.display());
             }
         });
-        Done::Ended { id, recorded, unable }
+        Done::Ended { id, recorded }
     }
 
     /// Runs the executor, and meanwhile keeps the claim: a ping each `[lease] ping`, and when it is lost, tries to take it
     /// again until the lease is over. Then the build is stopped, before anybody else may start it; the keeper sees to that too. `None`: the
     /// daemon leaves, and the attempt goes on without it.
-    async fn execute(&mut self, begin: Begin) -> Option<Ended> {
+    async fn execute(&mut self, begin: Begin, seen: watch::Sender<Seen>) -> Option<Ended> {
         let begun = Arc::new(AtomicBool::new(begin == Begin::Adopt));
-        let tether = Tether { stop: self.stop.token.clone(), lease: self.lease.subscribe(), begun: Arc::clone(&begun) };
+        let claim_lost = CancellationToken::new();
+        let tether = Tether {
+            stop: self.stop.token.clone(),
+            claim_lost: claim_lost.clone(),
+            lease: self.lease.subscribe(),
+            begun: Arc::clone(&begun),
+            seen,
+        };
         // Borrowed apart, so that the run can go on while the claim is tended.
         let job = self.job.clone();
         let Some(executor) = self.shared.executors.get(&job.executor) else {
@@ -334,6 +348,7 @@ impl<'a> Attempt<'a> {
             if given_up.is_none() {
                 given_up = self.tend_claim().await;
                 if given_up.is_some() {
+                    claim_lost.cancel();
                     self.stop.token.cancel();
                 }
             }

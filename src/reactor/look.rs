@@ -19,7 +19,8 @@ impl Reactor {
         }
         let Some(watch) = &self.watch else { return Ok(()) };
         let now = Instant::now();
-        let mut everything = now >= self.timers.everything || self.snapshot.is_none();
+        let kicked = self.news.take_kick();
+        let mut everything = kicked || now >= self.timers.everything || self.snapshot.is_none();
         let control = self.news.take_control();
         if control || everything {
             let builders = watch.builders(&self.shared.hello.labels).await?;
@@ -69,6 +70,11 @@ impl Reactor {
                 Some(snapshot)
             }
         };
+        if everything {
+            let (candidates, before) = (&self.candidates, self.unready.len());
+            self.unready.retain(|builder, _| candidates.rank(builder).is_some());
+            self.unready_news |= self.unready.len() < before;
+        }
         let tend = everything || now >= self.timers.lost;
         if tend || control {
             for (id, reason) in watch.cancels(&self.shared.hello.name).await? {
@@ -105,11 +111,10 @@ impl Reactor {
             }
         }
         if tend {
-            self.unable = self.unable.take().filter(|(_, until)| now < *until);
-            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk)
-                .or_else(|| self.unable.as_ref().map(|(why, _)| why.clone()));
+            self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk);
         }
-        if everything || control || self.said_not_accepting != self.not_accepting.is_some() {
+        let told = self.said_not_accepting == self.not_accepting.is_some() && !self.unready_news;
+        if everything || control || !told {
             // Through another connection: its trouble is not this one's.
             if let Err(error) = self.report_in().await {
                 tracing::warn!("{}", Chain(&error));
@@ -153,7 +158,10 @@ impl Reactor {
         let hello = &self.shared.hello;
         let accepting = self.not_accepting.is_none();
         let detail = self.not_accepting.clone().unwrap_or_else(|| self.shared.executors.detail());
-        let heard = self.shared.database.hello(hello, state, Some(&detail), accepting, !self.said_hello).await?;
+        let unready = &self.unready;
+        let heard =
+            self.shared.database.hello(hello, state, Some(&detail), accepting, unready, !self.said_hello).await?;
+        self.unready_news = false;
         self.said_not_accepting = !accepting;
         self.others = heard.others;
         if heard.drain && self.leaving.is_none() {

@@ -10,8 +10,9 @@ mod lost;
 mod outage;
 mod schedule;
 mod scheduler;
+mod scribe;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,8 +48,6 @@ const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
 const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 /// After the database refused a claim.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
-/// After a build could not be started here: others may take them.
-const UNABLE: Duration = Duration::from_secs(30);
 /// At least this often, and at each ping: which running builds nobody holds.
 const LOST: Duration = Duration::from_secs(2);
 /// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
@@ -143,8 +142,10 @@ pub struct Reactor {
     not_accepting: Option<String>,
     /// Whether `workers` says that nothing is claimed.
     said_not_accepting: bool,
-    /// Why builds could not be started lately, and until when none is tried.
-    unable: Option<(String, Instant)>,
+    /// Builders whose builds could not be started here at the last try, each with the reason, for `workers.unready`.
+    unready: BTreeMap<String, String>,
+    /// It has changed since it was reported.
+    unready_news: bool,
     settling: Settling,
     scheduler: Scheduler,
 }
@@ -190,13 +191,13 @@ struct Timers {
 }
 
 impl Reactor {
-    /// A reactor for `shared`, taking `orders`.
-    pub fn new(shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>) -> Reactor {
+    /// A reactor for `shared`, taking `orders` and woken by `news`.
+    pub fn new(shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>, news: Arc<News>) -> Reactor {
         let now = Instant::now();
         let lost = Lost::new(shared.settings.grace);
         Reactor {
             shared,
-            news: Arc::default(),
+            news,
             orders,
             watch: None,
             snapshot: None,
@@ -219,7 +220,8 @@ impl Reactor {
             failed: false,
             not_accepting: None,
             said_not_accepting: false,
-            unable: None,
+            unready: BTreeMap::new(),
+            unready_news: false,
             settling: Settling::No,
             scheduler: Scheduler::new(now),
         }
@@ -278,7 +280,8 @@ impl Reactor {
             }
             self.wait(None).await;
         }
-        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false, false);
+        let none = BTreeMap::new();
+        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false, &none, false);
         if self.said_hello
             && let Err(error) = goodbye.await
         {
@@ -381,6 +384,7 @@ impl Reactor {
         self.claimed(&builder);
         self.short_of_locks.remove(&builder);
         self.candidates.remove(id.build);
+        self.ready(&builder);
         if self.leaving == Some(Order::Stop) {
             stop.give_back();
         }
@@ -439,6 +443,12 @@ impl Reactor {
 
     fn attempt_done(&mut self, builder: &str, done: Done) {
         match done {
+            Done::NotReady(why) => {
+                self.claimed(builder);
+                self.short_of_locks.remove(builder);
+                self.block(builder, BUSY_ELSEWHERE);
+                self.unready_news |= self.unready.insert(builder.to_owned(), why.clone()) != Some(why);
+            }
             Done::BuilderBusy => {
                 self.claimed(builder);
                 self.short_of_locks.remove(builder);
@@ -468,14 +478,8 @@ impl Reactor {
                 self.block(builder, AFTER_FAILURE);
             }
             Done::Left(id) => drop(self.running.remove(&id)),
-            Done::Ended { id, recorded, unable } => {
+            Done::Ended { id, recorded } => {
                 self.running.remove(&id);
-                if let Some(why) = unable {
-                    self.unable = Some((why, Instant::now() + UNABLE));
-                    // So that it is not claimed again here at once.
-                    self.not_accepting.clone_from(&self.unable.as_ref().map(|(why, _)| why.clone()));
-                    self.timers.lost = Instant::now();
-                }
                 match &recorded {
                     Some(recorded) => self.plan_retry(recorded),
                     // Recorded in a COMMIT that was in doubt, or by others: perhaps it is to be tried again.
@@ -492,6 +496,11 @@ impl Reactor {
                 self.wake_others();
             }
         }
+    }
+
+    /// A build of this builder has started.
+    fn ready(&mut self, builder: &str) {
+        self.unready_news |= self.unready.remove(builder).is_some();
     }
 
     fn unblock(&mut self) {

@@ -1,5 +1,6 @@
 //! What the tests stand on: one private PostgreSQL for the run, a database for each test, real daemons, and waiting.
 
+pub mod buildbot;
 pub mod dice;
 pub mod proxy;
 pub mod smtp;

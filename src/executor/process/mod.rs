@@ -12,15 +12,19 @@ mod tree;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use self::client::KeeperClient;
 use self::protocol::{End, Spec, Status};
-use super::{Begin, Executor, Folders, Running, Tether};
-use crate::model::{Ended, Exit, Job, Outcome, Usage, clean_line};
+use super::{Begin, Executor, Folders, Ready, Running, Tether, human};
+use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
 
 /// Between terminate and kill, but for the end of a lease.
 pub const KILL_AFTER: Duration = Duration::from_secs(5);
+
+/// After a build could not be started here: others may take them.
+const UNABLE: Duration = Duration::from_secs(30);
 
 /// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.
 pub const TEMPFAIL: i32 = 75;
@@ -46,6 +50,8 @@ pub struct Settings {
 pub struct ProcessExecutor {
     settings: Settings,
     keeper: KeeperClient,
+    /// Why builds could not be started lately, and until when none is tried.
+    unable: Mutex<Option<(String, Instant)>>,
 }
 
 impl ProcessExecutor {
@@ -60,7 +66,7 @@ impl ProcessExecutor {
     pub async fn new(settings: Settings) -> io::Result<ProcessExecutor> {
         std::fs::create_dir_all(settings.folders.attempts())?;
         let keeper = KeeperClient::new(settings.folders.root()).await?;
-        Ok(ProcessExecutor { settings, keeper })
+        Ok(ProcessExecutor { settings, keeper, unable: Mutex::default() })
     }
 
     async fn run_script(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
@@ -97,7 +103,10 @@ impl ProcessExecutor {
                     Ok(spec) => match self.keeper.run(spec, &tether).await {
                         Ok(Ok(status)) => Ok(status),
                         Ok(Err(error)) => {
-                            let detail = format!("given back: worker `{}` cannot start builds: {error}", job.worker);
+                            let why = format!("worker `{}` cannot start builds: {error}", job.worker);
+                            let detail = format!("given back: {why}");
+                            *self.unable.lock().unwrap_or_else(PoisonError::into_inner) =
+                                Some((why, Instant::now() + UNABLE));
                             return Ended::without_process(Outcome::GivenBack, detail);
                         }
                         Err(error) => Err(error),
@@ -120,16 +129,25 @@ impl Executor for ProcessExecutor {
         Box::pin(self.run_script(job, begin, tether))
     }
 
-    fn detail(&self) -> String {
+    fn ready<'a>(&'a self, _builder: &'a Builder, _candidates: &'a [BuildId]) -> Ready<'a> {
+        let unable = self.unable.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let answer = match unable {
+            Some((why, until)) if Instant::now() < until => Err(why),
+            Some(_) | None => Ok(()),
+        };
+        Box::pin(std::future::ready(answer))
+    }
+
+    fn detail(&self) -> Option<String> {
         let why_not = if self.settings.pid_namespace {
             self.keeper.no_namespace()
         } else {
             Some("[worker] pid_namespace is false".to_owned())
         };
-        match why_not {
+        Some(match why_not {
             None => "process trees: PID namespace".to_owned(),
             Some(why) => format!("process trees: subreaper ({why})"),
-        }
+        })
     }
 }
 
@@ -234,8 +252,10 @@ fn ended(status: &Status) -> Ended {
         End::GuardianGone => (Outcome::Error, Some("its guardian was killed".to_owned())),
         End::KeeperGone => (Outcome::Error, Some("its keeper was killed".to_owned())),
         End::LeaseOver => (Outcome::Lost, Some("its claim was not confirmed within the lease".to_owned())),
-        End::Timeout(ms) => (Outcome::TimedOut, Some(format!("ran longer than its timeout of {}", human(*ms)))),
-        End::Silence(ms) => (Outcome::TimedOut, Some(format!("no output for {}", human(*ms)))),
+        End::Timeout(ms) => {
+            (Outcome::TimedOut, Some(format!("ran longer than its timeout of {}", human(Duration::from_millis(*ms)))))
+        }
+        End::Silence(ms) => (Outcome::TimedOut, Some(format!("no output for {}", human(Duration::from_millis(*ms))))),
         End::Stopped => (Outcome::Lost, Some("stopped".to_owned())),
         End::Exited => match exit {
             Some(Exit::Code(0)) => (Outcome::Passed, None),
@@ -271,24 +291,13 @@ fn ended(status: &Status) -> Ended {
             max_rss_bytes: status.max_rss_bytes,
         }),
         log_bytes: i64::try_from(status.log_bytes).ok(),
+        times: None,
     }
 }
 
 fn signal_name(number: i32) -> String {
     nix::sys::signal::Signal::try_from(number)
         .map_or_else(|_| format!("signal {number}"), |signal| signal.as_str().to_owned())
-}
-
-/// "1h 30m", as in the configuration file.
-fn human(ms: u64) -> String {
-    let seconds = ms / 1000;
-    let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    let parts: Vec<String> = [(hours, "h"), (minutes, "m"), (rest, "s")]
-        .into_iter()
-        .filter(|(n, _)| *n > 0)
-        .map(|(n, unit)| format!("{n}{unit}"))
-        .collect();
-    if parts.is_empty() { format!("{ms} ms") } else { parts.join(" ") }
 }
 
 /// Removes the working directory of an attempt whose end is recorded and that does not keep it, joins its log into one file, and marks
@@ -300,6 +309,8 @@ pub fn tidy(dir: &Path) -> io::Result<()> {
     crate::logs::file::finish(dir)?;
     if dir.join(guardian::STATUS).exists() {
         std::fs::rename(dir.join(guardian::STATUS), dir.join(RECORDED))?;
+    } else if dir.exists() {
+        std::fs::write(dir.join(RECORDED), "{}")?;
     }
     let work: PathBuf = dir.join("work");
     if work.exists() { std::fs::remove_dir_all(work) } else { Ok(()) }

@@ -1,0 +1,549 @@
+//! A Buildbot master, spoken to over its REST API (Buildbot's manual, "REST API"; what it does not say was found with version 4.3).
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use reqwest::header::{ACCEPT, COOKIE, HeaderMap, SET_COOKIE};
+use reqwest::{Client, RequestBuilder, Response, StatusCode, redirect};
+use rustls::crypto::ring;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio_util::task::TaskTracker;
+
+use crate::config;
+use crate::model::clean_line;
+use crate::report::Chain;
+
+/// How long a connection may take to open.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// How long an answer may take: a busy master has needed 0.7 s for a force call.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// How long an answer that nobody waits for any more is still taken. Buildbot 4.3 writes its answers from threads: a client that closes the
+/// connection in the meantime can leave the master unable to take any.
+const LATE: Duration = Duration::from_secs(300);
+
+/// An answer larger than this is not one of ours, bytes.
+const LARGEST: usize = 64 << 20;
+
+/// A master as `[buildbot.NAME]` has it.
+pub struct Master {
+    /// NAME.
+    pub name: String,
+    /// Without a slash at its end.
+    url: String,
+    user: Option<String>,
+    password_file: Option<PathBuf>,
+    client: Client,
+    /// Of the last login. Held by hand: what a refusal sends along would replace a good one by an anonymous one.
+    cookie: Mutex<Option<String>>,
+    /// Questions under way, whether or not somebody still waits for the answer.
+    exchanges: TaskTracker,
+}
+
+/// What a master answers.
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Vec<u8>,
+}
+
+/// Why a master did not do what it was asked.
+#[derive(Debug)]
+pub enum MasterError {
+    /// No connection: nothing was sent.
+    NotReached(String),
+    /// No answer in time, or one that tells nothing of what was done.
+    Unreachable(String),
+    /// The user cannot be logged in.
+    Login(String),
+    /// There is no such thing on the master.
+    NotFound(String),
+    /// It understood, and refused; nothing was done.
+    Refused {
+        /// For people.
+        message: String,
+        /// What was asked for is at fault, rather than who asked, or where.
+        values: bool,
+    },
+}
+
+impl fmt::Display for MasterError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MasterError::NotReached(text)
+            | MasterError::Unreachable(text)
+            | MasterError::Login(text)
+            | MasterError::NotFound(text) => f.write_str(text),
+            MasterError::Refused { message, .. } => f.write_str(message),
+        }
+    }
+}
+
+impl MasterError {
+    /// Whether it is the master that is away, rather than something that is wrong.
+    pub fn is_outage(&self) -> bool {
+        match self {
+            MasterError::NotReached(_) | MasterError::Unreachable(_) => true,
+            MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Refused { .. } => false,
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, MasterError>;
+
+impl Master {
+    /// Nothing is connected yet.
+    ///
+    /// # Errors
+    /// The settings cannot be used; for people.
+    pub fn new(name: &str, settings: &config::Buildbot) -> std::result::Result<Master, String> {
+        let unusable = |error: &dyn std::error::Error| format!("[buildbot.{name}] cannot be used: {error}");
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|error| unusable(&error))?;
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if let Some(file) = &settings.ca_file {
+            let refused = |what: String| format!("[buildbot.{name}] ca_file: cannot use `{}`: {what}", file.display());
+            let found = CertificateDer::pem_file_iter(file).map_err(|error| refused(error.to_string()))?;
+            let mut some = false;
+            for certificate in found {
+                let certificate = certificate.map_err(|error| refused(error.to_string()))?;
+                roots.add(certificate).map_err(|error| refused(error.to_string()))?;
+                some = true;
+            }
+            if !some {
+                return Err(refused("there is no certificate in it".to_owned()));
+            }
+        }
+        let client = Client::builder()
+            .tls_backend_preconfigured(builder.with_root_certificates(roots).with_no_client_auth())
+            .redirect(redirect::Policy::none())
+            // A build farm's master is named as it is to be reached.
+            .no_proxy()
+            .connect_timeout(CONNECT)
+            .tcp_keepalive(Duration::from_secs(30))
+            .build()
+            .map_err(|error| unusable(&error))?;
+        Ok(Master {
+            name: name.to_owned(),
+            url: settings.url.trim_end_matches('/').to_owned(),
+            user: settings.user.clone(),
+            password_file: settings.password_file.clone(),
+            client,
+            cookie: Mutex::default(),
+            exchanges: TaskTracker::new(),
+        })
+    }
+
+    /// A page of the master's web interface, for people.
+    pub fn page(&self, path: &str) -> String {
+        format!("{}/#/{path}", self.url)
+    }
+
+    /// Whether passwords go over the network as they are.
+    pub fn shows_password(&self) -> bool {
+        let host = |url: &reqwest::Url| url.host_str().map(|host| host.trim_matches(['[', ']']).to_owned());
+        let Ok(url) = self.url.parse::<reqwest::Url>() else { return false };
+        let near = host(&url).is_some_and(|host| {
+            host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+        });
+        self.user.is_some() && url.scheme() == "http" && !near
+    }
+
+    /// Reads `path` of the API, for example `builders/linux?field=masterids`.
+    ///
+    /// # Errors
+    /// Nothing is changed by reading.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        let url = format!("{}/api/v2/{path}", self.url);
+        let Answer { status, body, .. } = self.exchange(|client| client.get(&url)).await?;
+        if status == StatusCode::NOT_FOUND {
+            return Err(MasterError::NotFound(format!("master `{}` has no {path}", self.name)));
+        }
+        if !status.is_success() {
+            return Err(self.unexpected(status, &body));
+        }
+        serde_json::from_slice(&body).map_err(|error| {
+            MasterError::Unreachable(format!(
+                "what answers at [buildbot.{}] url is no Buildbot master of a version that is known here: {path}: {error}",
+                self.name
+            ))
+        })
+    }
+
+    /// Calls `method` of `path`.
+    ///
+    /// # Errors
+    /// [`MasterError::Refused`], [`MasterError::Login`], [`MasterError::NotFound`]: nothing was done. [`MasterError::Unreachable`]: it may
+    /// have been done.
+    ///
+    /// # Cancel safety
+    /// Once sent, it may be done although nobody hears the answer.
+    pub async fn call(&self, path: &str, method: &str, params: &Value) -> Result<Value> {
+        let url = format!("{}/api/v2/{path}", self.url);
+        let body = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
+        let Answer { status, body: answer, .. } = self.exchange(|client| client.post(&url).json(&body)).await?;
+        if status.is_success()
+            && let Ok(Value::Object(mut fields)) = serde_json::from_slice(&answer)
+            && let Some(result) = fields.remove("result")
+        {
+            return Ok(result);
+        }
+        Err(self.refusal(status, &answer))
+    }
+
+    /// Opens a stream of events.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn listen(&self, path: &str) -> Result<Response> {
+        let url = format!("{}/sse/listen/{path}", self.url);
+        let sent = tokio::time::timeout(ANSWER, self.request(&|client| client.get(&url)).send()).await;
+        let response = sent.map_err(|_| self.silent())?.map_err(|error| self.unreachable(&error))?;
+        if response.status().is_success() { Ok(response) } else { Err(self.unexpected(response.status(), b"")) }
+    }
+
+    /// What the master says of itself and of us, to anybody.
+    ///
+    /// # Errors
+    /// It does not answer as a master.
+    pub async fn about(&self) -> Result<About> {
+        self.log_in_if_asked().await?;
+        let url = format!("{}/config", self.url);
+        let Answer { status, body, .. } = self.send(self.request(&|client| client.get(&url))).await?;
+        if !status.is_success() {
+            return Err(self.unexpected(status, &body));
+        }
+        serde_json::from_slice(&body).map_err(|_| {
+            MasterError::Unreachable(format!(
+                "what answers at `{}` is no Buildbot master with a web interface",
+                self.url
+            ))
+        })
+    }
+
+    /// Sends a request, logged in where a user is configured; once more after a new login when the master no longer knows us.
+    async fn exchange(&self, request: impl Fn(&Client) -> RequestBuilder) -> Result<Answer> {
+        self.log_in_if_asked().await?;
+        let answer = self.send(self.request(&request)).await?;
+        if answer.status != StatusCode::FORBIDDEN || self.user.is_none() {
+            return Ok(answer);
+        }
+        *self.cookie() = None;
+        self.log_in_if_asked().await?;
+        self.send(self.request(&request)).await
+    }
+
+    /// Sends a request in a task of its own, which takes the answer although the caller may be gone.
+    async fn send(&self, request: RequestBuilder) -> Result<Answer> {
+        let whole = async move {
+            let mut response = request.send().await?;
+            let (status, headers, mut body) = (response.status(), response.headers().clone(), Vec::new());
+            while let Some(part) = response.chunk().await? {
+                // What is too much is read all the same.
+                if body.len() <= LARGEST {
+                    body.extend_from_slice(&part);
+                }
+            }
+            Ok(Answer { status, headers, body })
+        };
+        let exchange = self.exchanges.spawn(tokio::time::timeout(LATE, whole));
+        match tokio::time::timeout(ANSWER, exchange).await {
+            Ok(Ok(Ok(Ok(answer)))) if answer.body.len() > LARGEST => {
+                Err(MasterError::Unreachable(format!("an answer of master `{}` is too long", self.name)))
+            }
+            Ok(Ok(Ok(Ok(answer)))) => Ok(answer),
+            Ok(Ok(Ok(Err(error)))) => Err(self.unreachable(&error)),
+            Err(_) | Ok(Ok(Err(_)) | Err(_)) => Err(self.silent()),
+        }
+    }
+
+    fn request(&self, request: &impl Fn(&Client) -> RequestBuilder) -> RequestBuilder {
+        let request = request(&self.client).header(ACCEPT, "application/json");
+        match &*self.cookie() {
+            Some(cookie) => request.header(COOKIE, cookie),
+            None => request,
+        }
+    }
+
+    fn cookie(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        self.cookie.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn log_in_if_asked(&self) -> Result<()> {
+        let Some(user) = &self.user else { return Ok(()) };
+        if self.cookie().is_some() {
+            return Ok(());
+        }
+        let password = self.password().await.map_err(MasterError::Login)?;
+        let url = format!("{}/auth/login", self.url);
+        let answer = self.send(self.client.get(&url).basic_auth(user, Some(password))).await?;
+        // Two cookies come back, the first of them anonymous. Their names differ with the site's path, and with TLS.
+        let cookies = answer.headers.get_all(SET_COOKIE).iter().filter_map(|value| value.to_str().ok());
+        let cookie = cookies.filter_map(|value| value.split(';').next()).rfind(|value| value.starts_with("TWISTED_"));
+        match (answer.status, cookie) {
+            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
+                Err(MasterError::Login(format!("master `{}` refuses user `{user}`: wrong user or password", self.name)))
+            }
+            (status, Some(cookie)) if status.is_redirection() || status.is_success() => {
+                let cookie = cookie.to_owned();
+                *self.cookie() = Some(cookie);
+                Ok(())
+            }
+            (StatusCode::NOT_FOUND | StatusCode::OK, None) => Err(MasterError::Login(format!(
+                "master `{}` has no users to log in as: leave `user` out of [buildbot.{}]",
+                self.name, self.name
+            ))),
+            (status, _) => Err(self.unexpected(status, &answer.body)),
+        }
+    }
+
+    /// Read anew for each login.
+    async fn password(&self) -> std::result::Result<String, String> {
+        let name = &self.name;
+        let file = match (&self.password_file, std::env::var_os("CREDENTIALS_DIRECTORY")) {
+            (Some(file), _) => file.clone(),
+            (None, Some(folder)) => PathBuf::from(folder).join(format!("buildbot_{name}_password")),
+            (None, None) => {
+                return Err(format!(
+                    "[buildbot.{name}] user is set, but neither password_file nor a credential `buildbot_{name}_password`"
+                ));
+            }
+        };
+        let text = tokio::fs::read_to_string(&file).await;
+        let text = text.map_err(|error| {
+            format!("cannot read the password for master `{name}` in `{}`: {error}", file.display())
+        })?;
+        Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+    }
+
+    fn silent(&self) -> MasterError {
+        MasterError::Unreachable(format!("master `{}` does not answer within {} s", self.name, ANSWER.as_secs()))
+    }
+
+    fn unreachable(&self, error: &reqwest::Error) -> MasterError {
+        // The address is known, and says nothing to those who wait.
+        let mut cause: &dyn std::error::Error = error;
+        while let Some(next) = cause.source() {
+            cause = next;
+        }
+        let text = format!("master `{}` cannot be reached: {}", self.name, Chain(cause));
+        if error.is_connect() { MasterError::NotReached(text) } else { MasterError::Unreachable(text) }
+    }
+
+    fn unexpected(&self, status: StatusCode, body: &[u8]) -> MasterError {
+        let text = said(body);
+        match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.forbidden(&text),
+            _ => MasterError::Unreachable(format!("master `{}` answers {status}: {text}", self.name)),
+        }
+    }
+
+    fn forbidden(&self, text: &str) -> MasterError {
+        let who = self.user.as_ref().map_or_else(
+            || format!("without a user, which [buildbot.{}] could have", self.name),
+            |user| format!("to user `{user}`"),
+        );
+        MasterError::Refused {
+            message: format!("master `{}` does not allow it {who}: {text}", self.name),
+            values: false,
+        }
+    }
+
+    /// Of a call. What else it answers with 500 says nothing of what was done.
+    fn refusal(&self, status: StatusCode, body: &[u8]) -> MasterError {
+        const NOTHING_DONE: [&str; 3] = ["KeyError(", "AttributeError(", "TypeError("];
+        let text = said(body);
+        let name = &self.name;
+        match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.forbidden(&text),
+            StatusCode::NOT_FOUND => MasterError::NotFound(format!("master `{name}`: {text}")),
+            StatusCode::INTERNAL_SERVER_ERROR if NOTHING_DONE.iter().any(|known| text.contains(known)) => {
+                MasterError::Refused { message: format!("master `{name}` refuses: {text}"), values: false }
+            }
+            // Too long for a column of the master's database.
+            StatusCode::INTERNAL_SERVER_ERROR if text.contains("DataError(") => {
+                MasterError::Refused { message: format!("master `{name}` refuses: {text}"), values: true }
+            }
+            status if status.is_client_error() => {
+                MasterError::Refused { message: format!("master `{name}` refuses: {text}"), values: true }
+            }
+            status if status.is_success() => MasterError::Refused {
+                message: format!("master `{name}` does not know the call: {text}"),
+                values: false,
+            },
+            status => MasterError::Unreachable(format!("master `{name}` answers {status}: {text}")),
+        }
+    }
+}
+
+/// The message in an answer that is an error, in one line.
+fn said(body: &[u8]) -> String {
+    let text = match serde_json::from_slice::<Value>(body) {
+        Ok(Value::Object(fields)) => match fields.get("error") {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Object(error)) => match error.get("message") {
+                Some(Value::String(text)) => text.clone(),
+                Some(other) => other.to_string(),
+                None => Value::Object(error.clone()).to_string(),
+            },
+            Some(_) | None => String::from_utf8_lossy(body).into_owned(),
+        },
+        Ok(_) | Err(_) => String::from_utf8_lossy(body).into_owned(),
+    };
+    clean_line(&text, 300)
+}
+
+/// `/config`.
+#[derive(Debug, Deserialize)]
+pub struct About {
+    /// Name and version of what runs there.
+    pub versions: Vec<(String, String)>,
+    /// Who we are to it.
+    #[serde(default)]
+    pub user: Value,
+}
+
+impl About {
+    /// Buildbot's version.
+    pub fn version(&self) -> &str {
+        self.versions.iter().find(|(name, _)| name == "Buildbot").map_or("unknown", |(_, version)| version)
+    }
+}
+
+/// A row of `builders`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BuilderRow {
+    pub builderid: u64,
+    /// Empty: it was removed from the configuration.
+    pub masterids: Vec<u64>,
+}
+
+/// A row of `workers`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct WorkerRow {
+    pub name: String,
+    #[serde(default)]
+    pub connected_to: Vec<Value>,
+    #[serde(default)]
+    pub paused: bool,
+    /// It leaves when its work is done.
+    #[serde(default)]
+    pub graceful: bool,
+}
+
+/// A row of `buildrequests`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct RequestRow {
+    pub buildrequestid: u64,
+    pub buildsetid: u64,
+    pub complete: bool,
+    /// -1 until it is complete.
+    pub results: i64,
+}
+
+/// A row of `buildsets`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BuildsetRow {
+    pub bsid: u64,
+    pub reason: Option<String>,
+}
+
+/// A row of `builds`. Times in seconds since 1970.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BuildRow {
+    pub buildid: u64,
+    pub builderid: u64,
+    pub number: u64,
+    pub workerid: Option<u64>,
+    pub complete: bool,
+    pub started_at: Option<f64>,
+    pub complete_at: Option<f64>,
+    pub state_string: Option<String>,
+}
+
+/// A row of `steps`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct StepRow {
+    pub stepid: u64,
+    pub number: u64,
+    pub name: String,
+    pub complete: bool,
+    pub results: Option<i64>,
+    pub started_at: Option<f64>,
+    pub complete_at: Option<f64>,
+    pub state_string: Option<String>,
+}
+
+/// A row of `logs`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct LogRow {
+    pub logid: u64,
+    pub name: String,
+    /// `s`: stdout and stderr, `t`: text, `h`: HTML.
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub num_lines: u64,
+    pub complete: bool,
+}
+
+/// A row of `logchunks`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ChunkRow {
+    pub content: String,
+}
+
+/// A row of `forceschedulers`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct SchedulerRow {
+    pub builder_names: Vec<String>,
+    pub enabled: bool,
+    pub all_fields: Vec<Field>,
+}
+
+/// A parameter of a force scheduler, or a group of them.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Field {
+    #[serde(rename = "fullName")]
+    pub full_name: Option<String>,
+    #[serde(default)]
+    pub multiple: bool,
+    #[serde(default)]
+    pub fields: Vec<Field>,
+}
+
+/// Rows as the API answers: under the name of their kind.
+macro_rules! answers {
+    ($($name:ident { $field:ident: $row:ident })*) => {
+        $(
+            #[derive(Debug, Deserialize)]
+            pub struct $name {
+                pub $field: Vec<$row>,
+            }
+        )*
+    };
+}
+
+answers! {
+    Builders { builders: BuilderRow }
+    Workers { workers: WorkerRow }
+    Requests { buildrequests: RequestRow }
+    Buildsets { buildsets: BuildsetRow }
+    Builds { builds: BuildRow }
+    Steps { steps: StepRow }
+    Logs { logs: LogRow }
+    Chunks { logchunks: ChunkRow }
+    Schedulers { forceschedulers: SchedulerRow }
+}

@@ -1,0 +1,192 @@
+//! Executor `buildbot`: a builder of a Buildbot master, started by a force scheduler and followed over the REST API.
+//!
+//! The build runs elsewhere, whatever becomes of this daemon, and the master is asked for it once. So a daemon that loses its claim leaves
+//! it alone, and whoever claims the build next goes on with the same request: two runs never overlap.
+
+mod events;
+mod follow;
+mod idle;
+mod master;
+mod obtain;
+mod output;
+mod request;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use self::follow::Following;
+use self::idle::Farm;
+pub use self::master::Master;
+use self::obtain::Unasked;
+use self::output::Output;
+use super::{Begin, Executor, Ready, Running, Tether};
+use crate::config;
+use crate::logs::file::OutputWriter;
+use crate::model::{BuildId, Builder, Ended, Job, Outcome, clean_line};
+
+/// How long a builder is left alone that the master has refused to start.
+const REFUSED: Duration = Duration::from_secs(30);
+
+/// Which master an attempt runs on: its builder's settings may change meanwhile.
+const PLACE: &str = "buildbot.json";
+
+/// What the buildbot executor needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `[buildbot.NAME]`, by NAME.
+    pub masters: BTreeMap<String, config::Buildbot>,
+    /// Bytes of output kept on disk for each attempt.
+    pub file_limit: u64,
+}
+
+/// Runs builds on masters.
+pub struct BuildbotExecutor {
+    file_limit: u64,
+    farms: BTreeMap<String, Farm>,
+    /// Builders that could not be started, why, and until when none is tried.
+    refused: Mutex<HashMap<String, (String, Instant)>>,
+}
+
+/// `builders.settings`, with what was left out of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Place {
+    #[serde(default)]
+    master: Option<String>,
+    #[serde(default)]
+    scheduler: Option<String>,
+    #[serde(default)]
+    builder: Option<String>,
+}
+
+impl BuildbotExecutor {
+    /// Connects to nothing yet.
+    ///
+    /// # Errors
+    /// The settings of a master cannot be used; for people.
+    pub fn new(settings: Settings) -> Result<BuildbotExecutor, String> {
+        let farms = settings.masters.iter().map(|(name, master)| {
+            let master = Master::new(name, master)?;
+            Ok((name.clone(), Farm::new(Arc::new(master))))
+        });
+        let farms = farms.collect::<Result<_, String>>()?;
+        Ok(BuildbotExecutor { file_limit: settings.file_limit, farms, refused: Mutex::default() })
+    }
+
+    fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<String, (String, Instant)>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The master of a place.
+    fn farm(&self, place: &Place) -> Result<&Farm, String> {
+        match (&place.master, self.farms.len()) {
+            (Some(name), _) => self
+                .farms
+                .get(name)
+                .ok_or_else(|| format!("no worker that may take it has a section [buildbot.{name}]")),
+            (None, 1) => self.farms.values().next().ok_or_else(String::new),
+            (None, 0) => Err("no worker that may take it has a section [buildbot.NAME]".to_owned()),
+            (None, _) => Err("its settings name no \"master\", and its worker knows more than one".to_owned()),
+        }
+    }
+
+    async fn is_ready(&self, builder: &Builder, candidates: &[BuildId]) -> Result<(), String> {
+        if let Some((why, until)) = self.refused().get(&builder.name)
+            && Instant::now() < *until
+        {
+            return Err(why.clone());
+        }
+        let place = Place::of(&builder.settings, &builder.name);
+        let farm = self.farm(&place)?;
+        let most = usize::try_from(builder.max_running).unwrap_or(1);
+        let idle = farm.idle(&place.builder(), &place.scheduler(), most, candidates).await;
+        idle.map_err(|error| error.to_string())
+    }
+
+    async fn run_request(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
+        // Whatever becomes of this daemon, what it asked for can be found.
+        tether.begun.store(true, Ordering::Release);
+        let known = if begin == Begin::Adopt { read_place(&job.dir) } else { None };
+        let place = known.unwrap_or_else(|| Place::of(&job.settings, &job.builder));
+        let farm = match self.farm(&place) {
+            Ok(farm) => farm,
+            Err(why) => return Ended::without_process(Outcome::Lost, why),
+        };
+        if let Err(error) = prepare(&job.dir, &place) {
+            let detail = format!("cannot prepare `{}`: {error}", job.dir.display());
+            return Ended::without_process(Outcome::Error, detail);
+        }
+        let output = Output::new(OutputWriter::create(&job.dir, self.file_limit));
+        let (builder, scheduler) = (place.builder(), place.scheduler());
+        let mut following = Following::new(farm, job, (&builder, &scheduler), tether, output);
+        let ended = match following.obtain(begin).await {
+            Ok(request) => following.follow(request).await,
+            Err(Unasked::Ended(ended)) => ended,
+            Err(Unasked::Refused(why)) => {
+                let ended = Ended::without_process(Outcome::GivenBack, format!("given back: {why}"));
+                self.refused().insert(job.builder.clone(), (why, Instant::now() + REFUSED));
+                ended
+            }
+        };
+        let bytes = i64::try_from(following.output.bytes()).ok();
+        let detail = match following.output.end() {
+            Some(error) => {
+                let note = format!("its log on the worker is not complete: {error}");
+                Some(ended.detail.map_or(note.clone(), |detail| format!("{detail}; {note}")))
+            }
+            None => ended.detail,
+        };
+        Ended { log_bytes: bytes, detail: detail.map(|text| clean_line(&text, 500)), ..ended }
+    }
+}
+
+impl Executor for BuildbotExecutor {
+    fn run<'a>(&'a self, job: &'a Job, begin: Begin, tether: Tether) -> Running<'a> {
+        Box::pin(self.run_request(job, begin, tether))
+    }
+
+    fn ready<'a>(&'a self, builder: &'a Builder, candidates: &'a [BuildId]) -> Ready<'a> {
+        Box::pin(self.is_ready(builder, candidates))
+    }
+
+    fn detail(&self) -> Option<String> {
+        let names: Vec<&str> = self.farms.keys().map(String::as_str).collect();
+        (!names.is_empty()).then(|| format!("Buildbot masters: {}", names.join(", ")))
+    }
+}
+
+impl Place {
+    /// Of a builder; its settings were checked when they were written.
+    fn of(settings: &str, builder: &str) -> Place {
+        let mut place =
+            serde_json::from_str(settings).unwrap_or(Place { master: None, scheduler: None, builder: None });
+        place.builder.get_or_insert_with(|| builder.to_owned());
+        place
+    }
+
+    fn builder(&self) -> String {
+        self.builder.clone().unwrap_or_default()
+    }
+
+    fn scheduler(&self) -> String {
+        self.scheduler.clone().unwrap_or_else(|| "force".to_owned())
+    }
+}
+
+/// Makes the attempt's folder anew: its log is written from the beginning, the same again for one that is taken over.
+fn prepare(dir: &Path, place: &Place) -> io::Result<()> {
+    if dir.exists() {
+        std::fs::remove_dir_all(dir)?;
+    }
+    std::fs::create_dir_all(dir)?;
+    std::fs::write(dir.join(PLACE), serde_json::to_string(place)?)
+}
+
+fn read_place(dir: &Path) -> Option<Place> {
+    serde_json::from_str(&std::fs::read_to_string(dir.join(PLACE)).ok()?).ok()
+}

@@ -1,0 +1,525 @@
+//! Executor `buildbot`, against a real Buildbot 4.3 master with two workers.
+
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+
+use crate::support::buildbot::Buildbot;
+use crate::support::{Daemon, Db, temp_dir, wait_for};
+
+/// What only polls must not decide.
+const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
+
+/// The master of tests that break nothing; it ends with the run.
+async fn shared() -> Option<&'static Buildbot> {
+    static SHARED: tokio::sync::OnceCell<Option<Buildbot>> = tokio::sync::OnceCell::const_new();
+    SHARED.get_or_init(|| Buildbot::start(&[])).await.as_ref()
+}
+
+async fn builder(db: &Db, name: &str) {
+    db.execute(&format!("INSERT INTO builders (name, executor) VALUES ('{name}', 'buildbot')")).await;
+}
+
+/// A worker that knows the master as `main`.
+async fn worker(db: &Db, name: &str, config: &str) -> Daemon {
+    Daemon::start(db, name, &[HOUR, ("BUILDREACTOR_CONFIG", config)]).await
+}
+
+async fn queue(db: &Db, builder: &str, properties: &str) -> i64 {
+    let sql = format!(
+        "INSERT INTO build_queue (builder, properties) VALUES ('{builder}', '{properties}') RETURNING build_id"
+    );
+    db.one(&sql).await
+}
+
+fn gate(file: &Path) -> String {
+    format!("{{\"gate\": \"{}\"}}", file.display())
+}
+
+async fn waits_because(db: &Db, text: &str) {
+    db.wait(&format!(
+        "SELECT count(*) = 1 FROM queue_status WHERE waiting_because LIKE '%{}%'",
+        text.replace('\'', "''")
+    ))
+    .await;
+}
+
+/// Waits until Buildbot builds it: its log says so.
+async fn waiting(db: &Db, build: i64) {
+    db.wait(&format!("SELECT build_log_text({build}) LIKE '%waiting%'")).await;
+}
+
+#[tokio::test]
+async fn each_result_of_buildbots_is_recorded_with_its_times_steps_and_log() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    for name in ["ok", "fail", "warn", "boom"] {
+        builder(&db, name).await;
+    }
+    db.execute("UPDATE builders SET max_attempts = 1").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    db.execute("INSERT INTO build_queue (builder, reason) VALUES ('ok', 'one'), ('fail', 'two'), ('warn', 'three'), ('boom', 'four')").await;
+    db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    let table: Vec<String> =
+        db.all("SELECT concat_ws(' ', builder, state, attempt, detail) FROM builds ORDER BY id").await;
+    let expected = [
+        "ok passed 1 build successful",
+        "fail failed 1 failed 'sh -c ...' (failure)",
+        "warn passed 1 with warnings: warnings 'sh -c ...' (warnings)",
+        "boom error 1 attempt 1 of 1 broke: exception: exception ",
+    ];
+    for (row, expected) in table.iter().zip(expected) {
+        assert!(row.starts_with(expected), "{table:#?}");
+    }
+    let steps: Vec<String> = db.all("SELECT concat_ws(' ', builder, position, name, s.state) FROM build_steps s JOIN builds b ON b.id = build_id ORDER BY build_id, position").await;
+    let expected = [
+        "ok 1 worker_preparation passed",
+        "ok 2 work passed",
+        "fail 1 worker_preparation passed",
+        "fail 2 work failed",
+        "warn 1 worker_preparation passed",
+        "warn 2 work warnings",
+        "boom 1 worker_preparation passed",
+        "boom 2 work error",
+    ];
+    assert_eq!(steps, expected);
+    let log: String = db.one("SELECT build_log_text(2)").await;
+    assert!(log.contains("[step 1: work]\nboom\n") && !log.contains("program finished"), "{log}");
+    // Buildbot's own times, which are whole seconds: never before the attempt, never after its record.
+    for (id, name) in [(1, "ok"), (2, "fail")] {
+        let request = buildbot.asked().await;
+        let url: String = db.one(&format!("SELECT external_url FROM build_attempts WHERE build_id = {id}")).await;
+        let number = url.rsplit('/').next().unwrap();
+        let build = &buildbot.rows(&format!("builders/{name}/builds/{number}")).await[0];
+        assert!(request.iter().any(|row| row["buildrequestid"] == build["buildrequestid"]));
+        let (started, finished) = (build["started_at"].as_i64().unwrap(), build["complete_at"].as_i64().unwrap());
+        let times = format!(
+            "SELECT b.started_at = greatest(to_timestamp({started}), a.started_at)
+                AND b.finished_at = least(greatest(to_timestamp({finished}), b.started_at), a.finished_at)
+             FROM builds b JOIN build_attempts a ON a.build_id = b.id WHERE b.id = {id}"
+        );
+        assert!(db.one::<bool>(&times).await, "build {id}: {build}");
+        let worker: String = db.one(&format!("SELECT external_worker FROM build_attempts WHERE build_id = {id}")).await;
+        assert!(["w1", "w2"].contains(&worker.as_str()), "{worker}");
+    }
+}
+
+#[tokio::test]
+async fn properties_are_passed_through_and_logs_of_all_steps_come_while_they_run() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "talk").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let id = queue(&db, "talk", r#"{"message": "Zoë <x>", "num": 7, "branch": "main"}"#).await;
+    assert_eq!(db.finished(id).await, "passed");
+    let log: String = db.one(&format!("SELECT build_log_text({id})")).await;
+    let (head, rest) = log.split_once("[step 1: first]\n").unwrap();
+    assert!(head.starts_with("[build ") && head.contains(&buildbot.url()), "{head}");
+    let lines: Vec<String> = (0..3000).map(|n| format!("line {n}\n")).collect();
+    let (first, second) = rest.split_once("[step 2: second]\n").unwrap();
+    let mut said: Vec<&str> = first.lines().collect();
+    said.sort_unstable();
+    assert_eq!(said, ["also", "to Zoë <x> 7 main"]);
+    assert_eq!(second, lines.concat());
+    let bytes: i64 = db.one(&format!("SELECT log_bytes FROM build_attempts WHERE build_id = {id}")).await;
+    assert_eq!(bytes, i64::try_from(log.len()).unwrap());
+    let set = &buildbot.rows(&format!("buildsets?reason__contains=-{id}-1)&order=-bsid&limit=1")).await[0];
+    let request = &buildbot.rows(&format!("buildrequests?buildsetid={}&property=*", set["bsid"])).await[0];
+    assert_eq!(request["properties"]["buildreactor_build"][0], id.to_string());
+    assert_eq!(request["properties"]["buildreactor_attempt"][0], "1");
+
+    // While it runs.
+    builder(&db, "wait").await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waiting(&db, id).await;
+    db.wait(&format!(
+        "SELECT string_agg(state, ' ' ORDER BY position) = 'passed running' FROM build_steps WHERE build_id = {id}"
+    ))
+    .await;
+    db.wait(&format!("SELECT external_url LIKE '%/#/builders/%' FROM build_attempts WHERE build_id = {id}")).await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+}
+
+#[tokio::test]
+async fn what_the_scheduler_would_drop_is_refused_with_the_cure() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    db.execute("UPDATE builders SET max_attempts = 1").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let refused = [
+        (
+            r#"{"colour": "red"}"#,
+            "does not take `colour`: declare it in master.cfg, for example util.StringParameter(name=\"colour\")",
+        ),
+        (r#"{"builderNames": "fail"}"#, "a property for a Buildbot builder cannot be called `builderNames`"),
+        (r#"{"num": "many"}"#, "num"),
+    ];
+    for (properties, why) in refused {
+        let id = queue(&db, "ok", properties).await;
+        assert_eq!(db.finished(id).await, "error");
+        let detail: String = db.one(&format!("SELECT detail FROM builds WHERE id = {id}")).await;
+        assert!(detail.contains(why), "{detail}");
+        let sets = buildbot.rows(&format!("buildsets?reason__contains=-{id}-1)")).await;
+        let ours: i64 = db
+            .one(&format!(
+                "SELECT (extract(epoch FROM started_at) * 1000000)::bigint FROM build_attempts WHERE build_id = {id}"
+            ))
+            .await;
+        let token = format!("(br-{ours:x}-");
+        assert!(!sets.iter().any(|set| set["reason"].as_str().unwrap().contains(&token)), "{sets:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_running_build_is_cancelled_on_the_master() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let id = queue(&db, "wait", r#"{"gate": "/nonexistent/never"}"#).await;
+    waiting(&db, id).await;
+    let said: String = db.one(&format!("SELECT cancel_build({id}, 'not wanted')")).await;
+    assert_eq!(said, "its worker is told to stop it");
+    assert_eq!(db.finished(id).await, "cancelled");
+    assert_eq!(db.one::<String>(&format!("SELECT detail FROM builds WHERE id = {id}")).await, "cancelled: not wanted");
+    let asked = request_of(&db, buildbot, id).await;
+    assert_eq!((asked.len(), &asked[0]["complete"], &asked[0]["results"]), (1, &true.into(), &6.into()));
+    assert_eq!(
+        db.one::<String>(&format!("SELECT state FROM build_steps WHERE build_id = {id} AND position = 2")).await,
+        "cancelled"
+    );
+}
+
+/// Requests for a build of this database.
+async fn request_of(db: &Db, buildbot: &Buildbot, id: i64) -> Vec<serde_json::Value> {
+    let first: i64 = db
+        .one(&format!(
+            "SELECT (extract(epoch FROM min(started_at)) * 1000000)::bigint FROM build_attempts WHERE build_id = {id}"
+        ))
+        .await;
+    let mut requests = Vec::new();
+    for set in buildbot.rows(&format!("buildsets?reason__contains=(br-{first:x}-{id}-&order=bsid")).await {
+        requests.extend(buildbot.rows(&format!("buildrequests?buildsetid={}", set["bsid"])).await);
+    }
+    requests
+}
+
+#[tokio::test]
+async fn limits_of_time_end_the_request() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    for (name, limits) in
+        [("quiet", "timeout = '1 hour', silence_timeout = '3 s'"), ("wait", "timeout = '4 s', max_running = 10")]
+    {
+        builder(&db, name).await;
+        db.execute(&format!("UPDATE builders SET {limits} WHERE name = '{name}'")).await;
+    }
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let silent = queue(&db, "quiet", "{}").await;
+    let long = queue(&db, "wait", r#"{"gate": "/nonexistent/never"}"#).await;
+    for (id, detail) in [(silent, "no output for 3s"), (long, "ran longer than its timeout of 4s")] {
+        assert_eq!(db.finished(id).await, "timed_out");
+        assert_eq!(db.one::<String>(&format!("SELECT detail FROM builds WHERE id = {id}")).await, detail);
+        assert_eq!(request_of(&db, buildbot, id).await[0]["results"], 6);
+    }
+}
+
+#[tokio::test]
+async fn builds_of_both_executors_need_each_other() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    builder(&db, "fail").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    db.builder("script", "true").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    db.execute(
+        "INSERT INTO build_queue (builder) VALUES ('ok');
+         INSERT INTO build_queue (builder, needs) VALUES ('script', '{1}');
+         INSERT INTO build_queue (builder, needs) VALUES ('ok', '{2}');
+         INSERT INTO build_queue (builder) VALUES ('fail');
+         INSERT INTO build_queue (builder, needs) VALUES ('script', '{4}')",
+    )
+    .await;
+    db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    let states: Vec<String> = db.all("SELECT state::text FROM builds ORDER BY id").await;
+    assert_eq!(states, ["passed", "passed", "passed", "failed", "skipped"]);
+}
+
+#[tokio::test]
+async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
+    let Some(mut buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    db.execute(
+        "INSERT INTO builders (name, executor, settings) VALUES
+         ('ok', 'buildbot', '{}'), ('nobody', 'buildbot', '{}'), ('elsewhere', 'buildbot', '{\"master\": \"other\"}'),
+         ('scheduled', 'buildbot', '{\"builder\": \"ok\", \"scheduler\": \"nightly\"}'),
+         ('narrow', 'buildbot', '{\"builder\": \"fail\", \"scheduler\": \"narrow\"}'),
+         ('mute', 'buildbot', '{\"builder\": \"ok\", \"scheduler\": \"mute\"}')",
+    )
+    .await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    for (name, why) in [
+        ("nobody", "master `main` has no builder `nobody`"),
+        ("elsewhere", "no worker that may take it has a section [buildbot.other]"),
+        ("scheduled", "master `main` has no force scheduler `nightly`"),
+        (
+            "narrow",
+            "force scheduler `narrow` of master `main` does not start builder `fail`: add it to its builderNames",
+        ),
+        ("mute", "drops the reason of a build: its reasonString must contain %(reason)s"),
+    ] {
+        let id = queue(&db, name, "{}").await;
+        waits_because(&db, why).await;
+        let attempts = if name == "mute" { 1 } else { 0 };
+        assert_eq!(
+            db.one::<i64>(&format!("SELECT count(*) FROM build_attempts WHERE build_id = {id}")).await,
+            attempts,
+            "{name}"
+        );
+        db.execute(&format!("SELECT cancel_build({id})")).await;
+        db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    }
+
+    let worker_ids: Vec<u64> =
+        buildbot.rows("workers").await.iter().map(|row| row["workerid"].as_u64().unwrap()).collect();
+    for id in &worker_ids {
+        buildbot.call(&format!("workers/{id}"), "pause", serde_json::json!({"reason": "maintenance"})).await;
+    }
+    let id = queue(&db, "ok", "{}").await;
+    waits_because(&db, "each connected worker of builder `ok` on master `main` is paused or about to stop (w").await;
+    for id in &worker_ids {
+        buildbot.call(&format!("workers/{id}"), "unpause", serde_json::json!({})).await;
+    }
+    assert_eq!(db.finished(id).await, "passed");
+
+    // Somebody else's.
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    builder(&db, "wait").await;
+    buildbot.force("wait", &[("gate", file.to_str().unwrap())]).await;
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waits_because(&db, "builder `wait` on master `main` is busy (1 waiting or running there, 1 allowed)").await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+
+    for number in [1, 2] {
+        buildbot.kill_worker(number);
+    }
+    let id = queue(&db, "ok", "{}").await;
+    waits_because(&db, "no worker of builder `ok` is connected to master `main`").await;
+    buildbot.kill_master();
+    waits_because(&db, "master `main` cannot be reached: Connection refused").await;
+    assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 0);
+    buildbot.start_master().await;
+    buildbot.start_worker(1);
+    assert_eq!(db.finished(id).await, "passed");
+}
+
+#[tokio::test]
+async fn a_request_that_waits_on_the_master_is_cancelled_there() {
+    let Some(buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "on-w1").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    // Stopped after the look and before the master has given it to a worker: w1 takes nothing while it is frozen.
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    db.execute("UPDATE builders SET max_running = 2").await;
+    let pause = buildbot.rows("workers?name=w1").await[0]["workerid"].as_u64().unwrap();
+    builder(&db, "wait-on-w1").await;
+    db.execute("UPDATE builders SET max_running = 3").await;
+    // One builder builds one thing at a time on a worker: the second waits.
+    let first = queue(&db, "wait-on-w1", &gate(&file)).await;
+    waiting(&db, first).await;
+    let second = queue(&db, "wait-on-w1", &gate(&file)).await;
+    db.wait(&format!("SELECT external_url LIKE '%/#/buildrequests/%' FROM build_attempts WHERE build_id = {second}"))
+        .await;
+    db.execute(&format!("SELECT cancel_build({second}, 'changed my mind')")).await;
+    assert_eq!(db.finished(second).await, "cancelled");
+    let asked = request_of(&db, &buildbot, second).await;
+    assert_eq!((&asked[0]["complete"], &asked[0]["results"]), (&true.into(), &6.into()));
+    let builds = buildbot.rows(&format!("builds?buildrequestid={}", asked[0]["buildrequestid"])).await;
+    assert!(builds.is_empty(), "{builds:?}");
+    assert!(pause > 0);
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(first).await, "passed");
+}
+
+#[tokio::test]
+async fn a_build_outlives_its_worker_and_a_crash_of_the_master_in_one_attempt() {
+    let Some(mut buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    let mut daemon = worker(&db, "w", &buildbot.config()).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waiting(&db, id).await;
+    let on: String = db.one(&format!("SELECT external_worker FROM build_attempts WHERE build_id = {id}")).await;
+    buildbot.kill_worker(if on == "w1" { 1 } else { 2 });
+    // Repeated on the other.
+    db.wait(&format!("SELECT external_worker <> '{on}' FROM build_attempts WHERE build_id = {id}")).await;
+    db.wait(&format!("SELECT string_agg(state, ' ' ORDER BY position) = 'passed lost passed running' FROM build_steps WHERE build_id = {id}")).await;
+
+    buildbot.kill_master();
+    daemon.says("waits for its master: master `main` cannot be reached").await;
+    buildbot.start_master().await;
+    db.wait(&format!("SELECT count(*) = 6 FROM build_steps WHERE build_id = {id}")).await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 1);
+    assert_eq!(request_of(&db, &buildbot, id).await.len(), 1);
+}
+
+#[tokio::test]
+async fn what_a_master_interrupts_as_it_is_shut_down_is_tried_again() {
+    let Some(mut buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waiting(&db, id).await;
+    buildbot.stop_master();
+    std::fs::write(&file, "").unwrap();
+    buildbot.start_master().await;
+    assert_eq!(db.finished(id).await, "passed");
+    let attempts: Vec<String> =
+        db.all("SELECT concat_ws(': ', state, detail) FROM build_attempts ORDER BY attempt").await;
+    assert_eq!(attempts, ["error: master `main` was shut down while it ran", "passed: build successful"]);
+    assert_eq!(request_of(&db, &buildbot, id).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_daemon_that_comes_back_goes_on_with_the_request() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let mut daemon = worker(&db, "w", &buildbot.config()).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waiting(&db, id).await;
+    daemon.kill();
+    daemon.spawn_again();
+    daemon.says("is taken over from this worker's last daemon").await;
+    assert_eq!(daemon.stop().await, Some(0));
+    daemon.spawn_again();
+    daemon.says("is taken over from this worker's last daemon").await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    let log: String = db.one(&format!("SELECT build_log_text({id})")).await;
+    assert_eq!(log.matches("waiting\n").count(), 1, "{log}");
+    assert!(log.ends_with("gone on\n"), "{log}");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts").await, 1);
+    assert_eq!(request_of(&db, buildbot, id).await.len(), 1);
+}
+
+#[tokio::test]
+async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let config = buildbot.config();
+    let lease = [
+        HOUR,
+        ("BUILDREACTOR_CONFIG", config.as_str()),
+        ("BUILDREACTOR_LEASE_PING", "1s"),
+        ("BUILDREACTOR_LEASE_LEASE", "3s"),
+        ("BUILDREACTOR_LEASE_GRACE", "13s"),
+    ];
+    let mut first = Daemon::start(&db, "first", &lease).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waiting(&db, id).await;
+    // Stopped, not dead: it comes back, and must leave alone what is no longer its own.
+    first.signal(Signal::SIGSTOP);
+    let _second = Daemon::start(&db, "second", &lease).await;
+    db.wait(&format!("SELECT worker = 'second' AND state = 'running' FROM builds WHERE id = {id}")).await;
+    first.signal(Signal::SIGCONT);
+    first.says("build 1").await;
+    db.wait(&format!("SELECT build_log_text({id}) LIKE '%waiting%'")).await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    let attempts: Vec<String> =
+        db.all("SELECT concat_ws(' ', attempt, state, worker) FROM build_attempts ORDER BY 1").await;
+    assert_eq!(attempts, ["1 lost first", "2 passed second"]);
+    let asked = request_of(&db, buildbot, id).await;
+    assert_eq!((asked.len(), &asked[0]["results"]), (1, &0.into()));
+    drop(first);
+}
+
+#[tokio::test]
+async fn a_login_is_made_where_a_user_is_configured() {
+    let Some(buildbot) = Buildbot::start(&[("BB_AUTH", "read"), ("BB_COOKIE_SECONDS", "2")]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    let password = buildbot.folder.path().join("password");
+    std::fs::write(&password, "wrong\n").unwrap();
+    let login = format!("user = \"bot\"\npassword_file = \"{}\"", password.display());
+    let daemon = worker(&db, "w", &buildbot.config_at(&buildbot.url(), &login)).await;
+    let id = queue(&db, "ok", "{}").await;
+    waits_because(&db, "master `main` refuses user `bot`: wrong user or password").await;
+    std::fs::write(&password, "s3cret\n").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    // The cookie has expired by now, or will during these.
+    for _ in 0..3 {
+        let id = queue(&db, "ok", "{}").await;
+        assert_eq!(db.finished(id).await, "passed");
+    }
+    let log = daemon.log.lock().unwrap().join("\n");
+    let everything: String = db.one("SELECT string_agg(concat(to_jsonb(b), to_jsonb(a), to_jsonb(w)), '') FROM builds b, build_attempts a, workers w").await;
+    for secret in ["s3cret", "TWISTED_SESSION"] {
+        assert!(!log.contains(secret) && !everything.contains(secret), "{secret}");
+    }
+    drop(daemon);
+
+    // Who may look, and not force.
+    std::fs::write(&password, "pw").unwrap();
+    let login = login.replace("bot", "alice");
+    let _daemon = worker(&db, "v", &buildbot.config_at(&buildbot.url(), &login)).await;
+    queue(&db, "ok", "{}").await;
+    waits_because(&db, "master `main` does not allow it to user `alice`").await;
+}
+
+#[tokio::test]
+async fn every_connection_to_the_kick_port_is_a_wake() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let listen = format!("127.0.0.1:{port}");
+    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_KICK_LISTEN", &listen)]).await;
+    // As a replicated row comes: no trigger runs, and the transaction that it names is another server's.
+    let row = |id: i64| {
+        format!(
+            "SET session_replication_role = replica; INSERT INTO builds (id, builder, state, queued_at, submitted_by) VALUES ({id}, 'b', 'queued', now(), 'x'); INSERT INTO build_queue (build_id, builder, queued_xid) VALUES ({id}, 'b', '3')"
+        )
+    };
+    db.execute(&row(1)).await;
+    assert_eq!(db.one::<String>("SELECT state::text FROM builds WHERE id = 1").await, "queued");
+    drop(tokio::net::TcpStream::connect(&listen).await.unwrap());
+    assert_eq!(db.finished(1).await, "passed");
+    // A flood, and then another row.
+    for _ in 0..2000 {
+        drop(tokio::net::TcpStream::connect(&listen).await.unwrap());
+    }
+    db.execute(&row(2)).await;
+    drop(tokio::net::TcpStream::connect(&listen).await.unwrap());
+    assert_eq!(db.finished(2).await, "passed");
+    wait_for("the port to be closed at once", || async {
+        use tokio::io::AsyncReadExt;
+        let mut stream = tokio::net::TcpStream::connect(&listen).await.unwrap();
+        stream.read(&mut [0; 1]).await.is_ok_and(|n| n == 0)
+    })
+    .await;
+}
