@@ -153,8 +153,16 @@ async fn bad_input_is_refused_with_the_cure_and_nothing_half_done() {
         ("INSERT INTO builders (name) VALUES ('x')", "process_builder_has_a_script"),
         ("INSERT INTO builders (name, script, executor) VALUES ('x', 'true', 'docker')", "executor_is_process"),
         (
-            "INSERT INTO builders (name, executor) VALUES ('x', 'buildbot')",
-            "executor_buildbot_is_not_supported_by_this_version",
+            "INSERT INTO builders (name, executor, settings) VALUES ('x', 'buildbot', '{\"bulder\": \"x\"}')",
+            "buildbot_settings_are_texts_named_master_scheduler_builder",
+        ),
+        (
+            "INSERT INTO builders (name, executor, settings) VALUES ('x', 'buildbot', '{\"master\": 1}')",
+            "buildbot_settings_are_texts_named_master_scheduler_builder",
+        ),
+        (
+            "INSERT INTO builders (name, executor, script) VALUES ('x', 'buildbot', 'true')",
+            "buildbot_builder_has_no_script_env_or_keep_workspace",
         ),
         (
             "INSERT INTO builders (name, script, env) VALUES ('x', 'true', '{\"BUILD_ID\": \"7\"}')",
@@ -300,7 +308,7 @@ async fn migrating_twice_changes_nothing_and_twenty_at_once_is_one() {
     };
     let before = dump();
     let output = buildreactor(&["migrate", "--database", &url], &[]);
-    assert!(text(&output.stdout).contains("is up to date (version 6)"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("is up to date (version 7)"), "{}", text(&output.stdout));
     // pg_dump writes a random token into its \restrict line.
     let plain =
         |dump: &str| dump.lines().filter(|line| !line.contains("restrict")).map(str::to_owned).collect::<Vec<_>>();
@@ -318,7 +326,7 @@ async fn a_schema_of_a_newer_program_is_refused_with_a_sentence() {
     let output = buildreactor(&["migrate", "--database", &db.url()], &[]);
     assert_eq!(output.status.code(), Some(78));
     assert!(
-        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 6"),
+        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 7"),
         "{}",
         text(&output.stderr)
     );
@@ -341,14 +349,21 @@ async fn everything_may_live_in_a_schema_of_its_own() {
     assert_eq!(db.one::<String>("SELECT state::text FROM farm.builds").await, "queued");
 }
 
-/// Takes the last migration back, as if an older program had been here.
+/// Takes the last migrations back, as if an older program had been here.
 const BEFORE_V6: &str =
-    "DROP VIEW mail_status; DROP TRIGGER mails ON builds; DROP TABLE build_mail, build_subscriptions;
+    "DROP VIEW queue_status; DROP VIEW worker_status; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready;
+    ALTER TABLE build_attempts DROP COLUMN external_worker;
+    ALTER TABLE builders DROP CONSTRAINT buildbot_settings_are_texts_named_master_scheduler_builder,
+        DROP CONSTRAINT buildbot_builder_has_no_script_env_or_keep_workspace, DROP CONSTRAINT executor_is_process_or_buildbot,
+        ADD CONSTRAINT executor_is_process CHECK (executor IN ('process', 'buildbot')),
+        ADD CONSTRAINT executor_buildbot_is_not_supported_by_this_version CHECK (executor <> 'buildbot');
+    DROP FUNCTION buildbot_settings_are_valid;
+    DROP VIEW mail_status; DROP TRIGGER mails ON builds; DROP TABLE build_mail, build_subscriptions;
     DROP INDEX builds_passed, builds_failed; ALTER TABLE builders DROP COLUMN branch_property;
     ALTER TABLE builds DROP CONSTRAINT notify_lists_at_most_100_addresses_such_as_ann_at_example_org,
         ADD CONSTRAINT notify_is_not_supported_by_this_version CHECK (notify = '{}');
     DROP FUNCTION mail_addresses_are_valid; DROP FUNCTION build_schema_api;
-    DELETE FROM build_schema_history WHERE version = 6";
+    DELETE FROM build_schema_history WHERE version >= 6";
 
 /// Inserts until `done`; comes back with how many, and the longest that one took.
 async fn inserts(db: &Db, done: impl Fn() -> bool) -> (usize, std::time::Duration) {
@@ -377,7 +392,7 @@ async fn a_migration_waits_for_no_build_and_keeps_nobody_from_inserting() {
     let migrating = migrate(db.url());
     let (times, longest) = inserts(&db, || migrating.is_finished()).await;
     let output = migrating.await.unwrap();
-    assert!(output.status.success() && text(&output.stdout).contains("applied V6__mail"), "{output:?}");
+    assert!(output.status.success() && text(&output.stdout).contains("applied V7__buildbot"), "{output:?}");
     println!("{times} inserts meanwhile, the longest {longest:?}");
     assert!(longest < std::time::Duration::from_secs(3), "{longest:?}");
 
