@@ -1,11 +1,14 @@
 //! Executor `buildbot`, against a real Buildbot 4.3 master with two workers.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use crate::support::buildbot::Buildbot;
-use crate::support::{Daemon, Db, temp_dir, wait_for};
+use crate::support::proxy::{Break, Mood, Proxy, When};
+use crate::support::{Daemon, Db, TempDir, smtp, temp_dir, wait_for};
 
 /// What only polls must not decide.
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
@@ -490,6 +493,243 @@ async fn a_login_is_made_where_a_user_is_configured() {
     let _daemon = worker(&db, "v", &buildbot.config_at(&buildbot.url(), &login)).await;
     queue(&db, "ok", "{}").await;
     waits_because(&db, "master `main` does not allow it to user `alice`").await;
+}
+
+/// A worker that reaches the master through a proxy.
+async fn through(proxy: &Proxy, buildbot: &Buildbot, db: &Db, name: &str) -> Daemon {
+    worker(db, name, &buildbot.config_at(&format!("http://127.0.0.1:{}", proxy.port()), "")).await
+}
+
+async fn proxy(buildbot: &Buildbot) -> Proxy {
+    Proxy::to(([127, 0, 0, 1], buildbot.port).into()).await
+}
+
+#[tokio::test]
+async fn a_daemon_killed_after_the_force_call_and_before_its_answer_finds_its_request_again() {
+    let Some(buildbot) = shared().await else { return };
+    let (db, proxy) = (Db::new().await, proxy(buildbot).await);
+    builder(&db, "ok").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let mut daemon = through(&proxy, buildbot, &db, "w").await;
+    for answered in [When::BeforeTheAnswer, When::BeforeTheServer] {
+        proxy.set(Mood { stall_force: Some(answered), ..Mood::default() });
+        let id = db.enqueue("ok").await;
+        proxy.has_stalled().await;
+        if answered == When::BeforeTheAnswer {
+            wait_for("the master to have it", || async { request_of(&db, buildbot, id).await.len() == 1 }).await;
+        }
+        daemon.kill();
+        proxy.cut(Break::Reset);
+        proxy.set(Mood::default());
+        daemon.spawn_again();
+        assert_eq!(db.finished(id).await, "passed");
+        let attempts: Vec<String> = db
+            .all(&format!(
+                "SELECT concat_ws(': ', state, detail) FROM build_attempts WHERE build_id = {id} ORDER BY attempt"
+            ))
+            .await;
+        match answered {
+            When::BeforeTheAnswer => assert_eq!(attempts, ["passed: build successful"]),
+            When::BeforeTheServer => assert_eq!(
+                attempts,
+                ["cancelled: given back: the worker ended before it had asked the master", "passed: build successful"]
+            ),
+        }
+        assert_eq!(request_of(&db, buildbot, id).await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_force_call_whose_answer_is_lost_leads_to_one_request() {
+    let Some(buildbot) = shared().await else { return };
+    let (db, proxy) = (Db::new().await, proxy(buildbot).await);
+    builder(&db, "ok").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let _daemon = through(&proxy, buildbot, &db, "w").await;
+    for answered in [When::BeforeTheAnswer, When::BeforeTheServer] {
+        proxy.set(Mood { stall_force: Some(answered), ..Mood::default() });
+        let id = db.enqueue("ok").await;
+        proxy.has_stalled().await;
+        if answered == When::BeforeTheAnswer {
+            wait_for("the master to have it", || async { request_of(&db, buildbot, id).await.len() == 1 }).await;
+        }
+        proxy.cut(Break::Reset);
+        proxy.set(Mood::default());
+        assert_eq!(db.finished(id).await, "passed");
+        assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 1);
+        assert_eq!(request_of(&db, buildbot, id).await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
+    let Some(buildbot) = shared().await else { return };
+    let (db, proxy) = (Db::new().await, proxy(buildbot).await);
+    builder(&db, "wait").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let lease = [
+        HOUR,
+        ("BUILDREACTOR_LEASE_PING", "1s"),
+        ("BUILDREACTOR_LEASE_LEASE", "3s"),
+        ("BUILDREACTOR_LEASE_GRACE", "13s"),
+    ];
+    let config = buildbot.config_at(&format!("http://127.0.0.1:{}", proxy.port()), "");
+    let mut first = Daemon::start(&db, "first", &[&lease[..], &[("BUILDREACTOR_CONFIG", &config)]].concat()).await;
+    proxy.set(Mood { stall_force: Some(When::BeforeTheServer), ..Mood::default() });
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    proxy.has_stalled().await;
+    first.kill();
+    let config = buildbot.config();
+    let _second = Daemon::start(&db, "second", &[&lease[..], &[("BUILDREACTOR_CONFIG", &config)]].concat()).await;
+    waiting(&db, id).await;
+    // The network had kept it.
+    proxy.set(Mood::default());
+    wait_for("the late call to arrive", || async { request_of(&db, buildbot, id).await.len() == 2 }).await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    let results = request_of(&db, buildbot, id).await;
+    wait_for("the late one to end", || async {
+        request_of(&db, buildbot, id).await.iter().all(|row| row["complete"] == true)
+    })
+    .await;
+    assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 2, "{results:?}");
+}
+
+#[tokio::test]
+async fn fifty_builds_are_one_request_each_whatever_becomes_of_the_master_in_between() {
+    const LONG: Duration = Duration::from_secs(300);
+    let Some(mut buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    builder(&db, "stamp").await;
+    db.execute("UPDATE builders SET max_running = 4").await;
+    let slots = [HOUR, ("BUILDREACTOR_WORKER_SLOTS", "8"), ("BUILDREACTOR_CONFIG", &buildbot.config())];
+    let _daemon = Daemon::start(&db, "w", &slots).await;
+    db.execute(
+        "INSERT INTO build_queue (builder) SELECT (ARRAY['ok', 'stamp'])[1 + n % 2] FROM generate_series(1, 50) n",
+    )
+    .await;
+    db.wait_within(LONG, "SELECT count(*) >= 15 FROM builds WHERE state = 'passed'").await;
+    buildbot.kill_master();
+    buildbot.start_master().await;
+    db.wait_within(LONG, "SELECT count(*) = 0 FROM build_queue").await;
+    let states: Vec<String> = db.all("SELECT DISTINCT state::text FROM builds").await;
+    assert_eq!(states, ["passed"]);
+    let mut builds: Vec<String> = Vec::new();
+    for set in buildbot.rows("buildsets?reason__contains=(br-&order=bsid").await {
+        let reason = set["reason"].as_str().unwrap();
+        builds.push(reason.rsplit('-').nth(1).unwrap().to_owned());
+    }
+    builds.sort_by_key(|build| build.parse::<i64>().unwrap());
+    let once: Vec<String> = (1..=50).map(|n| n.to_string()).collect();
+    assert_eq!(builds, once);
+}
+
+#[tokio::test]
+async fn what_the_master_merges_into_another_request_is_no_success() {
+    let Some(buildbot) = Buildbot::start(&[("BB_COLLAPSE", "1")]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait-on-w1").await;
+    db.execute("UPDATE builders SET max_running = 3, max_attempts = 1").await;
+    let slots = [HOUR, ("BUILDREACTOR_WORKER_SLOTS", "3"), ("BUILDREACTOR_CONFIG", &buildbot.config())];
+    let _daemon = Daemon::start(&db, "w", &slots).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let first = queue(&db, "wait-on-w1", &gate(&file)).await;
+    waiting(&db, first).await;
+    let second = queue(&db, "wait-on-w1", &gate(&file)).await;
+    db.wait(&format!("SELECT external_url IS NOT NULL FROM build_attempts WHERE build_id = {second}")).await;
+    let third = queue(&db, "wait-on-w1", &gate(&file)).await;
+    assert_eq!(db.finished(second).await, "error");
+    let detail: String = db.one(&format!("SELECT detail FROM builds WHERE id = {second}")).await;
+    assert!(detail.contains("set c['collapseRequests'] = False in master.cfg"), "{detail}");
+    std::fs::write(&file, "").unwrap();
+    for id in [first, third] {
+        assert_eq!(db.finished(id).await, "passed");
+    }
+}
+
+/// In front of the master, with a certificate for `localhost`; its port, and the certificate.
+async fn tls(buildbot: &Buildbot) -> (u16, TempDir, String) {
+    let (acceptor, pem) = smtp::certificate("localhost");
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let (port, master) = (listener.local_addr().unwrap().port(), buildbot.port);
+    tokio::spawn(async move {
+        let acceptor = Arc::new(acceptor);
+        while let Ok((client, _)) = listener.accept().await {
+            let acceptor = Arc::clone(&acceptor);
+            tokio::spawn(async move {
+                let Ok(mut client) = acceptor.accept(client).await else { return };
+                let mut server = tokio::net::TcpStream::connect(("127.0.0.1", master)).await.unwrap();
+                let _ended = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let folder = temp_dir();
+    let file = folder.path().join("ca.pem");
+    std::fs::write(&file, pem).unwrap();
+    let file = file.display().to_string();
+    (port, folder, file)
+}
+
+#[tokio::test]
+async fn a_master_behind_tls_is_trusted_by_its_authority_alone() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let (port, _folder, ca) = tls(buildbot).await;
+    let url = format!("https://localhost:{port}/");
+    let mut daemon = worker(&db, "w", &buildbot.config_at(&url, "")).await;
+    let id = db.enqueue("ok").await;
+    waits_because(&db, "master `main` cannot be reached: invalid peer certificate").await;
+    assert_eq!(daemon.stop().await, Some(0));
+    let _daemon = worker(&db, "v", &buildbot.config_at(&url, &format!("ca_file = \"{ca}\""))).await;
+    assert_eq!(db.finished(id).await, "passed");
+}
+
+/// Seconds since 1970 at which the command of a build of `stamp` ran, once it is there.
+async fn stamp(file: &Path, number: usize) -> f64 {
+    let read = || std::fs::read_to_string(file).unwrap_or_default();
+    wait_for("the build's stamp", || async { read().lines().count() > number }).await;
+    read().lines().nth(number).unwrap().parse().unwrap()
+}
+
+/// The median of what a build costs from here, against a bare force call: printed, and bounded as a share of that.
+#[tokio::test]
+async fn from_an_insert_to_the_build_takes_little_longer_than_a_bare_force_call() {
+    const TIMES: usize = 25;
+    let folder = temp_dir();
+    let file = folder.path().join("stamps");
+    let Some(buildbot) = Buildbot::start(&[("BB_STAMP", file.to_str().unwrap())]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "stamp").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+    let (mut bare, mut ours) = (Vec::new(), Vec::new());
+    for n in 0..TIMES {
+        let began = now();
+        let request = buildbot.force("stamp", &[]).await;
+        bare.push(stamp(&file, 2 * n).await - began);
+        let done = || async { buildbot.rows(&format!("buildrequests/{request}")).await[0]["complete"] == true };
+        wait_for("the bare one to end", done).await;
+        let began = now();
+        let id = db.enqueue("stamp").await;
+        ours.push(stamp(&file, 2 * n + 1).await - began);
+        assert_eq!(db.finished(id).await, "passed");
+    }
+    let median = |times: &mut Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2] * 1000.0
+    };
+    let (bare, ours) = (median(&mut bare), median(&mut ours));
+    println!(
+        "to the build's command, medians of {TIMES}: force call {bare:.0} ms, INSERT {ours:.0} ms, {:.0} ms more",
+        ours - bare
+    );
+    assert!(ours < bare * 1.5, "{ours} {bare}");
 }
 
 #[tokio::test]

@@ -19,6 +19,8 @@ pub struct Mood {
     pub trap: Option<When>,
     /// Closes each connection that begins an attempt, likewise.
     pub trap_begin: Option<When>,
+    /// Stalls with the next force call to a Buildbot master: before the server has it, or before the client has its answer.
+    pub stall_force: Option<When>,
 }
 
 /// When a COMMIT, or the beginning of an attempt, is cut off.
@@ -58,7 +60,7 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let orders = watch::Sender::new(Orders { mood: Mood::default(), breaks: 0, how: Break::Close });
-        let heard = orders.subscribe();
+        let (heard, told) = (orders.subscribe(), orders.clone());
         let acceptor = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             loop {
@@ -68,7 +70,7 @@ impl Proxy {
                     client.set_zero_linger().unwrap();
                     continue;
                 }
-                connections.spawn(pass(client, server, heard.clone()));
+                connections.spawn(pass(client, server, told.clone()));
             }
         });
         Proxy { port, orders, acceptor }
@@ -80,6 +82,12 @@ impl Proxy {
 
     pub fn set(&self, mood: Mood) {
         self.orders.send_modify(|orders| orders.mood = mood);
+    }
+
+    /// Waits until a force call has made it stall.
+    pub async fn has_stalled(&self) {
+        let mut heard = self.orders.subscribe();
+        heard.wait_for(|orders| orders.mood.stall_up || orders.mood.stall_down).await.unwrap();
     }
 
     /// Breaks every connection there is.
@@ -97,7 +105,8 @@ impl Drop for Proxy {
     }
 }
 
-async fn pass(mut client: TcpStream, server: SocketAddr, mut heard: watch::Receiver<Orders>) {
+async fn pass(mut client: TcpStream, server: SocketAddr, orders: watch::Sender<Orders>) {
+    let mut heard = orders.subscribe();
     let breaks = heard.borrow().breaks;
     let Ok(mut server) = TcpStream::connect(server).await else { return };
     for stream in [&client, &server] {
@@ -106,8 +115,8 @@ async fn pass(mut client: TcpStream, server: SocketAddr, mut heard: watch::Recei
     {
         let (client_reads, client_writes) = client.split();
         let (server_reads, server_writes) = server.split();
-        let up = pump(client_reads, server_writes, heard.clone(), |mood| mood.stall_up, true);
-        let down = pump(server_reads, client_writes, heard.clone(), |mood| mood.stall_down, false);
+        let up = pump(client_reads, server_writes, &orders, |mood| mood.stall_up, true);
+        let down = pump(server_reads, client_writes, &orders, |mood| mood.stall_down, false);
         tokio::select! {
             _ = async { let up = async { if up.await { Err(()) } else { Ok(()) } }; tokio::try_join!(up, async { down.await; Ok(()) }) } => return,
             _ = heard.wait_for(|orders| orders.breaks != breaks) => {}
@@ -131,11 +140,11 @@ fn bound(message: &[u8]) -> Option<&[u8]> {
 async fn pump(
     mut from: tokio::net::tcp::ReadHalf<'_>,
     mut to: tokio::net::tcp::WriteHalf<'_>,
-    mut heard: watch::Receiver<Orders>,
+    orders: &watch::Sender<Orders>,
     stalls: impl Fn(Mood) -> bool,
     watched: bool,
 ) -> bool {
-    let mut buffer = vec![0; 1 << 14];
+    let (mut heard, mut buffer) = (orders.subscribe(), vec![0; 1 << 14]);
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
     let mut results = false;
     let mut begins: Option<Vec<u8>> = None;
@@ -162,6 +171,16 @@ async fn pump(
             begins = buffer[5..n].split(|byte| *byte == 0).next().map(<[u8]>::to_vec);
         } else if begins.is_some() && bound(&buffer[..n]) == begins.as_deref() {
             trap = heard.borrow().mood.trap_begin;
+        }
+        if watched && has(&buffer[..n], "\"method\":\"force\"") {
+            orders.send_modify(|orders| match orders.mood.stall_force.take() {
+                Some(When::BeforeTheServer) => orders.mood.stall_up = true,
+                Some(When::BeforeTheAnswer) => orders.mood.stall_down = true,
+                None => {}
+            });
+            if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
+                return false;
+            }
         }
         if trap == Some(When::BeforeTheServer) {
             return true;

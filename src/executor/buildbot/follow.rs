@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::events::Bell;
 use super::idle::Farm;
 use super::master::{BuildRow, Builds, MasterError, RequestRow};
 use super::output::{Output, micros, page};
@@ -119,8 +120,12 @@ impl<'a> Following<'a> {
 
     pub async fn follow(&mut self, request: u64) -> Ended {
         let bell = self.farm.events.bell(request);
-        let began = Instant::now();
-        let mut ending: Option<Ending> = None;
+        let (began, mut ending) = (Instant::now(), None::<Ending>);
+        self.show(request, &[]);
+        if !self.doubt {
+            // The master has better things to do now than to be looked at.
+            self.rest_until(LOOK.0, &bell).await;
+        }
         loop {
             match self.order() {
                 Some(Order::LetGo) => return let_go(),
@@ -162,10 +167,15 @@ impl<'a> Following<'a> {
             } else {
                 LOOK.1
             };
-            tokio::select! {
-                () = self.pause(period.min(self.until_deadline())) => {}
-                () = bell.rung.notified() => {}
-            }
+            self.rest_until(period, &bell).await;
+        }
+    }
+
+    /// Waits for `time`, the bell, the deadline, or an order.
+    async fn rest_until(&self, time: Duration, bell: &Bell) {
+        tokio::select! {
+            () = self.pause(time.min(self.until_deadline())) => {}
+            () = bell.rung.notified() => {}
         }
     }
 
