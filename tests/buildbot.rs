@@ -450,8 +450,8 @@ async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
     let _second = Daemon::start(&db, "second", &lease).await;
     db.wait(&format!("SELECT worker = 'second' AND state = 'running' FROM builds WHERE id = {id}")).await;
     first.signal(Signal::SIGCONT);
-    first.says("build 1").await;
-    db.wait(&format!("SELECT build_log_text({id}) LIKE '%waiting%'")).await;
+    first.says("is already recorded, or no longer ours").await;
+    waiting(&db, id).await;
     std::fs::write(&file, "").unwrap();
     assert_eq!(db.finished(id).await, "passed");
     let attempts: Vec<String> =
@@ -565,7 +565,7 @@ async fn a_force_call_whose_answer_is_lost_leads_to_one_request() {
 async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     let Some(buildbot) = shared().await else { return };
     let (db, proxy) = (Db::new().await, proxy(buildbot).await);
-    builder(&db, "wait").await;
+    builder(&db, "take").await;
     db.execute("UPDATE builders SET max_running = 10").await;
     let lease = [
         HOUR,
@@ -578,7 +578,7 @@ async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     proxy.set(Mood { stall_force: Some(When::BeforeTheServer), ..Mood::default() });
     let folder = temp_dir();
     let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
+    let id = queue(&db, "take", &gate(&file)).await;
     proxy.has_stalled().await;
     first.kill();
     let config = buildbot.config();
@@ -589,12 +589,11 @@ async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     wait_for("the late call to arrive", || async { request_of(&db, buildbot, id).await.len() == 2 }).await;
     std::fs::write(&file, "").unwrap();
     assert_eq!(db.finished(id).await, "passed");
-    let results = request_of(&db, buildbot, id).await;
-    wait_for("the late one to end", || async {
-        request_of(&db, buildbot, id).await.iter().all(|row| row["complete"] == true)
-    })
-    .await;
-    assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 2, "{results:?}");
+    let complete = || async { request_of(&db, buildbot, id).await.iter().all(|row| row["complete"] == true) };
+    wait_for("the late one to end", complete).await;
+    let results: Vec<_> = request_of(&db, buildbot, id).await.iter().map(|row| row["results"].clone()).collect();
+    assert_eq!(results, [0, 6]);
+    assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 2);
 }
 
 #[tokio::test]
