@@ -57,7 +57,7 @@ SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS starte
        ARRAY(SELECT value FROM jsonb_each_text(r.env) ORDER BY key) AS env_values,
        extract(epoch FROM r.timeout)::float8 AS timeout_seconds,
        extract(epoch FROM r.silence_timeout)::float8 AS silence_seconds, r.settings::text AS settings,
-       (extract(epoch FROM coalesce((SELECT min(a.started_at) FROM build_attempts a WHERE a.build_id = $1), s.started_at)) * 1000000)::bigint AS first_us,
+       (extract(epoch FROM coalesce((SELECT a.started_at FROM build_attempts a WHERE a.build_id = $1 ORDER BY a.attempt LIMIT 1), s.started_at)) * 1000000)::bigint AS first_us,
        (SELECT coalesce(max(a.attempt), 0) + 1 FROM build_attempts a
         WHERE a.build_id = $1 AND (a.state <> 'lost' OR a.started_at < s.queued_at)) AS adopt_from
 FROM started s CROSS JOIN builder r

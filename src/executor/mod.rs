@@ -16,6 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::model::{BuildId, Builder, Ended, Job, Seen};
 
+/// Detail of an attempt that was stopped as it was asked to be.
+pub const STOPPED: &str = "stopped";
+
 /// A boxed future, because executors are looked up by name.
 pub type Running<'a> = Pin<Box<dyn Future<Output = Ended> + Send + 'a>>;
 
@@ -39,6 +42,8 @@ pub struct Tether {
     /// Cancelled before `stop` when the claim is lost for good: what would go on without this daemon, and does not run twice when others
     /// take it over, need not be ended.
     pub claim_lost: CancellationToken,
+    /// Cancelled when the daemon stops what runs and then ends: what cannot be ended within some seconds is left as it is.
+    pub giving_back: CancellationToken,
     /// Until when its processes may live ([`crate::clock::boottime`]); moved on with each confirmation of the claim.
     pub lease: watch::Receiver<Duration>,
     /// Set once it would go on without this daemon, and be found again by the next.

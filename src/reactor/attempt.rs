@@ -72,8 +72,13 @@ impl Stop {
 /// How an attempt, or the try to start one, ended.
 #[derive(Debug)]
 pub enum Done {
-    /// Its executor cannot start a build of this builder now; nothing was claimed. For people: why.
-    NotReady(String),
+    /// Its executor cannot start a build of this builder now; nothing was claimed.
+    NotReady {
+        /// For people.
+        why: String,
+        /// How long it took to find out.
+        took: Duration,
+    },
     /// No slot of the builder was free anywhere.
     BuilderBusy,
     /// Not all of the builder's locks had a free unit.
@@ -106,10 +111,14 @@ pub async fn attempt(
     candidates: &[BuildId],
     progress: &tokio::sync::mpsc::UnboundedSender<Progress>,
 ) -> Done {
-    if let Some(executor) = shared.executors.get(&builder.executor)
-        && let Err(why) = executor.ready(builder, candidates).await
-    {
-        return Done::NotReady(why);
+    if let Some(executor) = shared.executors.get(&builder.executor) {
+        let asked = Instant::now();
+        if let Err(why) = executor.ready(builder, candidates).await {
+            return Done::NotReady { why, took: asked.elapsed() };
+        }
+        if shared.giving_back.is_cancelled() || shared.leaving.is_cancelled() {
+            return Done::RowsGone(Vec::new());
+        }
     }
     let mut claim = match shared.database.claim().await {
         Ok(claim) => claim,
@@ -261,7 +270,10 @@ impl<'a> Attempt<'a> {
             tracing::error!(build.id = %id.build, "the steps of build {id} were not written to the end: {error}");
         }
         if let (Outcome::Lost, Some(reason)) = (ended.outcome, self.stop.cancelled.get()) {
-            let detail = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
+            let mut detail = if reason.is_empty() { "cancelled".to_owned() } else { format!("cancelled: {reason}") };
+            if let Some(note) = ended.detail.filter(|note| note != crate::executor::STOPPED) {
+                detail = format!("{detail}; {note}");
+            }
             ended = Ended { outcome: Outcome::Cancelled, detail: Some(detail), ..ended };
         } else if ended.outcome == Outcome::Lost
             && (self.shared.giving_back.is_cancelled() || self.shared.leaving.is_cancelled())
@@ -298,6 +310,7 @@ impl<'a> Attempt<'a> {
         let tether = Tether {
             stop: self.stop.token.clone(),
             claim_lost: claim_lost.clone(),
+            giving_back: self.shared.giving_back.clone(),
             lease: self.lease.subscribe(),
             begun: Arc::clone(&begun),
             seen,

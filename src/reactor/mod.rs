@@ -44,6 +44,9 @@ const NEW: i32 = 1000;
 const PROMOTE: i64 = 1000;
 /// While builds wait for builders that are busy elsewhere: a worker that dies sends no wake.
 const BUSY_ELSEWHERE: Duration = Duration::from_secs(2);
+/// An executor that took this long to say that it cannot start a build is asked again after [`SILENT`].
+const SLOW: Duration = Duration::from_secs(1);
+const SILENT: Duration = Duration::from_secs(30);
 /// After candidates were gone, everything is looked at within this time.
 const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 /// After the database refused a claim.
@@ -146,6 +149,8 @@ pub struct Reactor {
     unready: BTreeMap<String, String>,
     /// It has changed since it was reported.
     unready_news: bool,
+    /// Until when these are not asked about again.
+    held: HashMap<String, Instant>,
     settling: Settling,
     scheduler: Scheduler,
 }
@@ -222,6 +227,7 @@ impl Reactor {
             said_not_accepting: false,
             unready: BTreeMap::new(),
             unready_news: false,
+            held: HashMap::new(),
             settling: Settling::No,
             scheduler: Scheduler::new(now),
         }
@@ -317,8 +323,10 @@ impl Reactor {
                 *own.entry(&active.builder).or_default() += 1;
             }
             // One claim of a builder at a time: two would offer the same candidates.
+            let now = Instant::now();
             let may = |b: &Builder| {
                 !self.blocked.contains(&b.name)
+                    && self.held.get(&b.name).is_none_or(|until| now >= *until)
                     && !self.claiming.contains_key(&b.name)
                     && own.get(b.name.as_str()).copied().unwrap_or(0) < usize::try_from(b.max_running).unwrap_or(0)
             };
@@ -443,19 +451,24 @@ impl Reactor {
 
     fn attempt_done(&mut self, builder: &str, done: Done) {
         match done {
-            Done::NotReady(why) => {
+            Done::NotReady { why, took } => {
                 self.claimed(builder);
                 self.short_of_locks.remove(builder);
-                self.block(builder, BUSY_ELSEWHERE);
+                // Whatever wakes us: a slot that waits for a silent master is one that builds nothing.
+                let hold = if took > SLOW { SILENT } else { BUSY_ELSEWHERE };
+                self.held.insert(builder.to_owned(), Instant::now() + hold);
+                self.block(builder, hold);
                 self.unready_news |= self.unready.insert(builder.to_owned(), why.clone()) != Some(why);
             }
             Done::BuilderBusy => {
                 self.claimed(builder);
+                self.ready(builder);
                 self.short_of_locks.remove(builder);
                 self.block(builder, BUSY_ELSEWHERE);
             }
             Done::LocksBusy => {
                 self.claimed(builder);
+                self.ready(builder);
                 self.block(builder, BUSY_ELSEWHERE);
                 self.short_of_locks.insert(builder.to_owned());
             }
@@ -498,7 +511,7 @@ impl Reactor {
         }
     }
 
-    /// A build of this builder has started.
+    /// A build of this builder could be started, as far as its executor goes.
     fn ready(&mut self, builder: &str) {
         self.unready_news |= self.unready.remove(builder).is_some();
     }

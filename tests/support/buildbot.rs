@@ -171,6 +171,11 @@ impl Buildbot {
         end(&mut self.workers[number - 1], nix::sys::signal::Signal::SIGKILL);
     }
 
+    pub fn signal_master(&self, signal: nix::sys::signal::Signal) {
+        let pid = i32::try_from(self.master.as_ref().unwrap().id()).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
+    }
+
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
     }

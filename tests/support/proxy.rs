@@ -118,8 +118,10 @@ async fn pass(mut client: TcpStream, server: SocketAddr, orders: watch::Sender<O
         let up = pump(client_reads, server_writes, &orders, |mood| mood.stall_up, true);
         let down = pump(server_reads, client_writes, &orders, |mood| mood.stall_down, false);
         tokio::select! {
-            _ = async { let up = async { if up.await { Err(()) } else { Ok(()) } }; tokio::try_join!(up, async { down.await; Ok(()) }) } => return,
+            // What is broken while it stalls is not delivered, although it stalls no longer.
+            biased;
             _ = heard.wait_for(|orders| orders.breaks != breaks) => {}
+            _ = async { let up = async { if up.await { Err(()) } else { Ok(()) } }; tokio::try_join!(up, async { down.await; Ok(()) }) } => return,
         }
     }
     if heard.borrow().how == Break::Reset {

@@ -6,9 +6,10 @@ use tokio::time::Instant;
 
 use super::events::Bell;
 use super::idle::Farm;
-use super::master::{BuildRow, Builds, MasterError, RequestRow};
+use super::master::MasterError;
 use super::output::{Output, micros, page};
 use super::request::{self, Token};
+use super::rows::{BuildRow, Builds, RequestRow};
 use crate::clock::boottime;
 use crate::executor::{Tether, human};
 use crate::model::{Ended, Job, Outcome, clean_line};
@@ -26,6 +27,9 @@ const END_AGAIN: Duration = Duration::from_secs(5);
 /// How long a master that answers may take to end a request.
 const TO_END: Duration = Duration::from_secs(60);
 
+/// How long it is asked to by somebody who may not.
+const REFUSED_TO_END: Duration = Duration::from_secs(10);
+
 /// How long the rest of the logs may hold up the result.
 const LAST_LOGS: Duration = Duration::from_secs(30);
 
@@ -36,6 +40,10 @@ const FAILURE: i64 = 2;
 const SKIPPED: i64 = 3;
 pub(super) const EXCEPTION: i64 = 4;
 const CANCELLED: i64 = 6;
+
+/// What the master is told when it is to end a request, and says in the build's state: by us, or because of a limit of ours.
+const OURS: &str = "stopped by buildreactor";
+const OUR_LIMIT: &str = "stopped by buildreactor: ";
 
 /// Why a request is not followed to an end of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,8 +76,18 @@ pub(super) struct Following<'a> {
 /// That a request is to be ended early.
 struct Ending {
     order: Order,
-    /// When the master was told first, and last.
-    told: Option<(Instant, Instant)>,
+    /// When the master was told last, heard or not.
+    tried: Option<Instant>,
+    /// When it heard it first.
+    heard: Option<Instant>,
+    /// What it said to that, where it was no.
+    refused: Option<String>,
+}
+
+impl Ending {
+    fn new(order: Order) -> Ending {
+        Ending { order, tried: None, heard: None, refused: None }
+    }
 }
 
 impl<'a> Following<'a> {
@@ -129,25 +147,26 @@ impl<'a> Following<'a> {
         loop {
             match self.order() {
                 Some(Order::LetGo) => return let_go(),
-                Some(order) if ending.is_none() => ending = Some(Ending { order, told: None }),
+                Some(order) if ending.is_none() => ending = Some(Ending::new(order)),
                 Some(_) | None => {}
             }
-            if let Some(ending) = &mut ending
-                && ending.told.is_none_or(|(_, last)| last.elapsed() >= END_AGAIN)
-            {
-                self.end(request, ending).await;
-            }
-            match self.look(request, ending.as_ref()).await {
+            // First, because it may have ended by itself.
+            match self.look(request, ending.as_ref().filter(|ending| ending.heard.is_some())).await {
                 Ok(Some(ended)) => return ended,
                 Ok(None) => {
                     self.complained = false;
-                    if let Some(Ending { order, told: Some((first, _)) }) = &ending
-                        && first.elapsed() >= TO_END
+                    if let Some(ending) = &mut ending
+                        && ending.tried.is_none_or(|at| at.elapsed() >= END_AGAIN)
                     {
-                        return self.not_ended(request, order);
+                        self.end(request, ending).await;
+                    }
+                    let limit = |ending: &Ending| if ending.refused.is_some() { REFUSED_TO_END } else { TO_END };
+                    if let Some(ending) = &ending
+                        && ending.heard.is_some_and(|at| at.elapsed() >= limit(ending))
+                    {
+                        return self.not_ended(request, ending);
                     }
                 }
-                Err(MasterError::NotFound(text)) => return Ended::without_process(Outcome::Lost, text),
                 Err(error) => {
                     self.complain(&error);
                     // What it does meanwhile is not known.
@@ -160,7 +179,9 @@ impl<'a> Following<'a> {
                     continue;
                 }
             }
-            let period = if ending.is_some() {
+            let period = if self.output.has_more() {
+                Duration::ZERO
+            } else if ending.is_some() {
                 AGAIN
             } else if began.elapsed() < FIRST {
                 LOOK.0
@@ -187,24 +208,26 @@ impl<'a> Following<'a> {
 
     async fn end(&mut self, request: u64, ending: &mut Ending) {
         let why = match &ending.order {
-            Order::LetGo | Order::Stop => "stopped by buildreactor".to_owned(),
-            Order::TimeOut(text) => format!("stopped by buildreactor: {text}"),
+            Order::LetGo | Order::Stop => OURS.to_owned(),
+            Order::TimeOut(text) => format!("{OUR_LIMIT}{text}"),
         };
-        match request::cancel(&self.farm.master, request, &why).await {
-            Ok(()) => {
-                let now = Instant::now();
-                ending.told = Some((ending.told.map_or(now, |(first, _)| first), now));
-            }
-            Err(error) => self.complain(&error),
+        let answer = request::cancel(&self.farm.master, request, &why).await;
+        let now = Instant::now();
+        ending.tried = Some(now);
+        match answer {
+            Ok(()) => ending.refused = None,
+            Err(error) if error.is_outage() => return self.complain(&error),
+            Err(error) => ending.refused = Some(error.to_string()),
         }
+        ending.heard.get_or_insert(now);
     }
 
     /// One look. `Some`: it has ended, and its log is here.
     async fn look(&mut self, request: u64, ending: Option<&Ending>) -> Result<Option<Ended>, MasterError> {
-        let before = self.output.bytes();
+        let before = (self.output.bytes(), self.output.told());
         let builds = self.builds(request).await?;
         self.output.copy(&self.farm.master, &builds).await?;
-        let news = self.show(request, &builds) || self.output.bytes() > before;
+        let news = self.show(request, &builds) || (self.output.bytes(), self.output.told()) != before;
         if let Some(last) = builds.last()
             && !last.complete
         {
@@ -214,7 +237,10 @@ impl<'a> Following<'a> {
             return Ok(None);
         }
         self.heard = None;
-        let row = request::read(&self.farm.master, request).await?;
+        let row = match request::read(&self.farm.master, request).await {
+            Err(MasterError::NotFound(text)) => return Ok(Some(Ended::without_process(Outcome::Lost, text))),
+            read => read?,
+        };
         if !row.complete {
             return Ok(None);
         }
@@ -238,7 +264,8 @@ impl<'a> Following<'a> {
         loop {
             // Again: one may have begun and ended between the two looks.
             let builds = self.builds(request).await?;
-            let copied = self.output.copy(&self.farm.master, &builds).await;
+            let copied = tokio::time::timeout_at(until, self.output.copy(&self.farm.master, &builds)).await;
+            let copied = copied.unwrap_or(Ok(false));
             if let Err(error) = &copied {
                 self.complain(error);
             }
@@ -252,7 +279,9 @@ impl<'a> Following<'a> {
                 self.output.say("[the rest of the log is on the master]\n");
                 return Ok(Some(builds));
             }
-            tokio::time::sleep(AGAIN).await;
+            if !self.output.has_more() {
+                tokio::time::sleep(AGAIN).await;
+            }
         }
     }
 
@@ -273,10 +302,11 @@ impl<'a> Following<'a> {
     async fn end_others(&mut self, request: u64) {
         match request::find(&self.farm.master, &Token::of(self.job)).await {
             Ok(asked) => {
-                for other in
-                    asked.into_iter().filter(|asked| asked.row.buildrequestid != request && !asked.row.complete)
-                {
-                    let id = self.job.id;
+                let id = self.job.id;
+                let left = |asked: &request::Asked| {
+                    asked.attempt <= id.attempt && asked.row.buildrequestid != request && !asked.row.complete
+                };
+                for other in asked.into_iter().filter(left) {
                     tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
                         "master `{}` had been asked for build {id} twice; request {} is cancelled", self.farm.master.name, other.row.buildrequestid);
                     if let Err(error) =
@@ -290,10 +320,13 @@ impl<'a> Following<'a> {
         }
     }
 
-    fn not_ended(&self, request: u64, order: &Order) -> Ended {
-        let note =
-            format!("master `{}` has not ended request {request} within {} s", self.farm.master.name, TO_END.as_secs());
-        match order {
+    fn not_ended(&self, request: u64, ending: &Ending) -> Ended {
+        let name = &self.farm.master.name;
+        let mut note = format!("master `{name}` has not ended request {request} within {} s", TO_END.as_secs());
+        if let Some(refused) = &ending.refused {
+            note = format!("request {request} goes on: {refused}");
+        }
+        match &ending.order {
             Order::TimeOut(text) => Ended::without_process(Outcome::TimedOut, format!("{text}; {note}")),
             Order::Stop | Order::LetGo => Ended::without_process(Outcome::Lost, note),
         }
@@ -329,6 +362,13 @@ fn verdict(master: &str, request: &RequestRow, builds: &[BuildRow], order: Optio
         (EXCEPTION, _) => (Outcome::Error, with("exception")),
         (CANCELLED, Some(Order::TimeOut(text))) => (Outcome::TimedOut, Some(text.clone())),
         (CANCELLED, Some(Order::Stop | Order::LetGo)) => (Outcome::Lost, Some("stopped".to_owned())),
+        // By the daemon before this one, which had no time to record it.
+        (CANCELLED, None) if said.as_ref().is_some_and(|text| text.contains(OUR_LIMIT)) => {
+            (Outcome::TimedOut, said.as_ref().map(|text| text.replace(OUR_LIMIT, "")))
+        }
+        (CANCELLED, None) if said.as_ref().is_some_and(|text| text.contains(OURS)) => {
+            (Outcome::GivenBack, Some("given back: its worker stopped".to_owned()))
+        }
         // Whom a master that is shut down interrupts it does not repeat.
         (CANCELLED, None) if said.as_ref().is_some_and(|text| text.contains("Master Shutdown")) => {
             (Outcome::Error, Some(format!("master `{master}` was shut down while it ran")))
@@ -372,6 +412,14 @@ mod tests {
             (4, "finished", None, Outcome::Error, "exception: finished"),
             (5, "lost connection", None, Outcome::Error, "ended with results 5: lost connection"),
             (6, "cancelled (bye)", None, Outcome::Cancelled, "cancelled in Buildbot: cancelled (bye)"),
+            (
+                6,
+                "cancelled (stopped by buildreactor: no output for 3s)",
+                None,
+                Outcome::TimedOut,
+                "cancelled (no output for 3s)",
+            ),
+            (6, "cancelled (stopped by buildreactor)", None, Outcome::GivenBack, "given back: its worker stopped"),
             (6, "cancelled (Master Shutdown)", None, Outcome::Error, "master `m` was shut down while it ran"),
             (6, "cancelled", Some(&Order::Stop), Outcome::Lost, "stopped"),
             (6, "cancelled", Some(&time_out), Outcome::TimedOut, "ran longer than its timeout of 1m"),

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::events::Events;
-use super::master::{Builders, Buildsets, Field, Master, MasterError, Requests, Schedulers, Workers};
+use super::master::{Master, MasterError};
 use super::request::named_build;
+use super::rows::{Builders, Buildsets, Field, Requests, Schedulers, Workers};
 use crate::model::BuildId;
 
 /// How long builder and scheduler are taken to be as they were seen; what has changed meanwhile is refused by the master.

@@ -14,6 +14,7 @@ use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::config;
@@ -29,6 +30,12 @@ const ANSWER: Duration = Duration::from_secs(15);
 /// How long an answer that nobody waits for any more is still taken. Buildbot 4.3 writes its answers from threads: a client that closes the
 /// connection in the meantime can leave the master unable to take any.
 const LATE: Duration = Duration::from_secs(300);
+
+/// How long the kernel tries to deliver what was sent: well within the time from the end of a lease to the end of `grace`.
+const UNDELIVERED: Duration = Duration::from_secs(8);
+
+/// How many questions are under way at once: to a master that takes them and never answers as well.
+const AT_ONCE: usize = 32;
 
 /// An answer larger than this is not one of ours, bytes.
 const LARGEST: usize = 64 << 20;
@@ -46,6 +53,7 @@ pub struct Master {
     cookie: Mutex<Option<String>>,
     /// Questions under way, whether or not somebody still waits for the answer.
     exchanges: TaskTracker,
+    room: Arc<Semaphore>,
 }
 
 /// What a master answers.
@@ -131,6 +139,8 @@ impl Master {
             .no_proxy()
             .connect_timeout(CONNECT)
             .tcp_keepalive(Duration::from_secs(30))
+            // What the network has kept for longer is not delivered any more.
+            .tcp_user_timeout(UNDELIVERED)
             .build()
             .map_err(|error| unusable(&error))?;
         Ok(Master {
@@ -141,6 +151,7 @@ impl Master {
             client,
             cookie: Mutex::default(),
             exchanges: TaskTracker::new(),
+            room: Arc::new(Semaphore::new(AT_ONCE)),
         })
     }
 
@@ -168,8 +179,9 @@ impl Master {
     /// Safe.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let url = format!("{}/api/v2/{path}", self.url);
-        let Answer { status, body, .. } = self.exchange(|client| client.get(&url)).await?;
-        if status == StatusCode::NOT_FOUND {
+        let Answer { status, body, .. } = self.exchange(|client| client.get(&url), &|| true).await?;
+        // Of the master's own words; what stands before it may say so while it restarts.
+        if status == StatusCode::NOT_FOUND && serde_json::from_slice::<Value>(&body).is_ok() {
             return Err(MasterError::NotFound(format!("master `{}` has no {path}", self.name)));
         }
         if !status.is_success() {
@@ -192,9 +204,26 @@ impl Master {
     /// # Cancel safety
     /// Once sent, it may be done although nobody hears the answer.
     pub async fn call(&self, path: &str, method: &str, params: &Value) -> Result<Value> {
+        self.call_while(path, method, params, &|| true).await
+    }
+
+    /// [`Master::call`], which is not sent when `still` has become false: a login before it takes its time.
+    ///
+    /// # Errors
+    /// [`MasterError::NotReached`]: it was not sent.
+    ///
+    /// # Cancel safety
+    /// As there.
+    pub async fn call_while(
+        &self,
+        path: &str,
+        method: &str,
+        params: &Value,
+        still: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Value> {
         let url = format!("{}/api/v2/{path}", self.url);
         let body = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
-        let Answer { status, body: answer, .. } = self.exchange(|client| client.post(&url).json(&body)).await?;
+        let Answer { status, body: answer, .. } = self.exchange(|client| client.post(&url).json(&body), still).await?;
         if status.is_success()
             && let Ok(Value::Object(mut fields)) = serde_json::from_slice(&answer)
             && let Some(result) = fields.remove("result")
@@ -235,20 +264,39 @@ impl Master {
     }
 
     /// Sends a request, logged in where a user is configured; once more after a new login when the master no longer knows us.
-    async fn exchange(&self, request: impl Fn(&Client) -> RequestBuilder) -> Result<Answer> {
+    async fn exchange(
+        &self,
+        request: impl Fn(&Client) -> RequestBuilder,
+        still: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Answer> {
+        let too_late = || MasterError::NotReached(format!("master `{}` was not asked in time", self.name));
         self.log_in_if_asked().await?;
+        if !still() {
+            return Err(too_late());
+        }
         let answer = self.send(self.request(&request)).await?;
         if answer.status != StatusCode::FORBIDDEN || self.user.is_none() {
             return Ok(answer);
         }
         *self.cookie() = None;
         self.log_in_if_asked().await?;
+        if !still() {
+            return Err(too_late());
+        }
         self.send(self.request(&request)).await
     }
 
     /// Sends a request in a task of its own, which takes the answer although the caller may be gone.
     async fn send(&self, request: RequestBuilder) -> Result<Answer> {
+        let room = tokio::time::timeout(ANSWER, Arc::clone(&self.room).acquire_owned()).await;
+        let Ok(Ok(room)) = room else {
+            return Err(MasterError::NotReached(format!(
+                "master `{}` has not answered {AT_ONCE} questions yet",
+                self.name
+            )));
+        };
         let whole = async move {
+            let _room = room;
             let mut response = request.send().await?;
             let (status, headers, mut body) = (response.status(), response.headers().clone(), Vec::new());
             while let Some(part) = response.chunk().await? {
@@ -364,7 +412,9 @@ impl Master {
 
     /// Of a call. What else it answers with 500 says nothing of what was done.
     fn refusal(&self, status: StatusCode, body: &[u8]) -> MasterError {
-        const NOTHING_DONE: [&str; 3] = ["KeyError(", "AttributeError(", "TypeError("];
+        const NOTHING_DONE: [&str; 2] = ["KeyError(", "AttributeError("];
+        // A value of a kind that its parameter does not expect, or too long for a column of the master's database.
+        const VALUES: [&str; 2] = ["TypeError(", "DataError("];
         let text = said(body);
         let name = &self.name;
         match status {
@@ -373,9 +423,11 @@ impl Master {
             StatusCode::INTERNAL_SERVER_ERROR if NOTHING_DONE.iter().any(|known| text.contains(known)) => {
                 MasterError::Refused { message: format!("master `{name}` refuses: {text}"), values: false }
             }
-            // Too long for a column of the master's database.
-            StatusCode::INTERNAL_SERVER_ERROR if text.contains("DataError(") => {
+            StatusCode::INTERNAL_SERVER_ERROR if VALUES.iter().any(|known| text.contains(known)) => {
                 MasterError::Refused { message: format!("master `{name}` refuses: {text}"), values: true }
+            }
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => {
+                MasterError::Unreachable(format!("master `{name}` answers {status}: {text}"))
             }
             status if status.is_client_error() => {
                 MasterError::Refused { message: format!("master `{name}` refuses: {text}"), values: true }
@@ -421,129 +473,4 @@ impl About {
     pub fn version(&self) -> &str {
         self.versions.iter().find(|(name, _)| name == "Buildbot").map_or("unknown", |(_, version)| version)
     }
-}
-
-/// A row of `builders`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct BuilderRow {
-    pub builderid: u64,
-    /// Empty: it was removed from the configuration.
-    pub masterids: Vec<u64>,
-}
-
-/// A row of `workers`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct WorkerRow {
-    pub name: String,
-    #[serde(default)]
-    pub connected_to: Vec<Value>,
-    #[serde(default)]
-    pub paused: bool,
-    /// It leaves when its work is done.
-    #[serde(default)]
-    pub graceful: bool,
-}
-
-/// A row of `buildrequests`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct RequestRow {
-    pub buildrequestid: u64,
-    pub buildsetid: u64,
-    pub complete: bool,
-    /// -1 until it is complete.
-    pub results: i64,
-}
-
-/// A row of `buildsets`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct BuildsetRow {
-    pub bsid: u64,
-    pub reason: Option<String>,
-}
-
-/// A row of `builds`. Times in seconds since 1970.
-#[derive(Clone, Debug, Deserialize)]
-pub struct BuildRow {
-    pub buildid: u64,
-    pub builderid: u64,
-    pub number: u64,
-    pub workerid: Option<u64>,
-    pub complete: bool,
-    pub started_at: Option<f64>,
-    pub complete_at: Option<f64>,
-    pub state_string: Option<String>,
-}
-
-/// A row of `steps`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct StepRow {
-    pub stepid: u64,
-    pub number: u64,
-    pub name: String,
-    pub complete: bool,
-    pub results: Option<i64>,
-    pub started_at: Option<f64>,
-    pub complete_at: Option<f64>,
-    pub state_string: Option<String>,
-}
-
-/// A row of `logs`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct LogRow {
-    pub logid: u64,
-    pub name: String,
-    /// `s`: stdout and stderr, `t`: text, `h`: HTML.
-    #[serde(rename = "type")]
-    pub kind: String,
-    pub num_lines: u64,
-    pub complete: bool,
-}
-
-/// A row of `logchunks`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct ChunkRow {
-    pub content: String,
-}
-
-/// A row of `forceschedulers`.
-#[derive(Clone, Debug, Deserialize)]
-pub struct SchedulerRow {
-    pub builder_names: Vec<String>,
-    pub enabled: bool,
-    pub all_fields: Vec<Field>,
-}
-
-/// A parameter of a force scheduler, or a group of them.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Field {
-    #[serde(rename = "fullName")]
-    pub full_name: Option<String>,
-    #[serde(default)]
-    pub multiple: bool,
-    #[serde(default)]
-    pub fields: Vec<Field>,
-}
-
-/// Rows as the API answers: under the name of their kind.
-macro_rules! answers {
-    ($($name:ident { $field:ident: $row:ident })*) => {
-        $(
-            #[derive(Debug, Deserialize)]
-            pub struct $name {
-                pub $field: Vec<$row>,
-            }
-        )*
-    };
-}
-
-answers! {
-    Builders { builders: BuilderRow }
-    Workers { workers: WorkerRow }
-    Requests { buildrequests: RequestRow }
-    Buildsets { buildsets: BuildsetRow }
-    Builds { builds: BuildRow }
-    Steps { steps: StepRow }
-    Logs { logs: LogRow }
-    Chunks { logchunks: ChunkRow }
-    Schedulers { forceschedulers: SchedulerRow }
 }

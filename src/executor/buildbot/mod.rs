@@ -10,6 +10,7 @@ mod master;
 mod obtain;
 mod output;
 mod request;
+mod rows;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -30,11 +31,17 @@ use crate::config;
 use crate::logs::file::OutputWriter;
 use crate::model::{BuildId, Builder, Ended, Job, Outcome, clean_line};
 
-/// How long a builder is left alone that the master has refused to start.
-const REFUSED: Duration = Duration::from_secs(30);
+/// How long a builder is left alone that the master has refused to start, the first time and at most.
+const REFUSED: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(900));
+
+/// How long a daemon that is about to end waits for a master that does not answer: results are waited for 15 s.
+const LAST_TRY: Duration = Duration::from_secs(8);
+
+/// How long a master may take to say whether a builder is idle.
+const READY: Duration = Duration::from_secs(3);
 
 /// Which master an attempt runs on: its builder's settings may change meanwhile.
-const PLACE: &str = "buildbot.json";
+const TARGET: &str = "buildbot.json";
 
 /// What the buildbot executor needs to know.
 #[derive(Clone, Debug)]
@@ -49,13 +56,21 @@ pub struct Settings {
 pub struct BuildbotExecutor {
     file_limit: u64,
     farms: BTreeMap<String, Farm>,
-    /// Builders that could not be started, why, and until when none is tried.
-    refused: Mutex<HashMap<String, (String, Instant)>>,
+    /// Builders that could not be started.
+    refused: Mutex<HashMap<String, Refusal>>,
+}
+
+struct Refusal {
+    why: String,
+    /// None is tried until then.
+    until: Instant,
+    /// How long that is.
+    hold: Duration,
 }
 
 /// `builders.settings`, with what was left out of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Place {
+struct Target {
     #[serde(default)]
     master: Option<String>,
     #[serde(default)]
@@ -78,58 +93,84 @@ impl BuildbotExecutor {
         Ok(BuildbotExecutor { file_limit: settings.file_limit, farms, refused: Mutex::default() })
     }
 
-    fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<String, (String, Instant)>> {
+    fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<String, Refusal>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The master of a place.
-    fn farm(&self, place: &Place) -> Result<&Farm, String> {
-        match (&place.master, self.farms.len()) {
+    /// The master of a target.
+    fn farm(&self, target: &Target) -> Result<&Farm, String> {
+        match (&target.master, self.farms.len()) {
             (Some(name), _) => self
                 .farms
                 .get(name)
                 .ok_or_else(|| format!("no worker that may take it has a section [buildbot.{name}]")),
-            (None, 1) => self.farms.values().next().ok_or_else(String::new),
-            (None, 0) => Err("no worker that may take it has a section [buildbot.NAME]".to_owned()),
+            (None, 0 | 1) => {
+                let only = self.farms.values().next();
+                only.ok_or_else(|| "no worker that may take it has a section [buildbot.NAME]".to_owned())
+            }
             (None, _) => Err("its settings name no \"master\", and its worker knows more than one".to_owned()),
         }
     }
 
     async fn is_ready(&self, builder: &Builder, candidates: &[BuildId]) -> Result<(), String> {
-        if let Some((why, until)) = self.refused().get(&builder.name)
-            && Instant::now() < *until
+        if let Some(refusal) = self.refused().get(&builder.name)
+            && Instant::now() < refusal.until
         {
-            return Err(why.clone());
+            return Err(refusal.why.clone());
         }
-        let place = Place::of(&builder.settings, &builder.name);
-        let farm = self.farm(&place)?;
+        let target = Target::of(&builder.settings, &builder.name);
+        let farm = self.farm(&target)?;
         let most = usize::try_from(builder.max_running).unwrap_or(1);
-        let idle = farm.idle(&place.builder(), &place.scheduler(), most, candidates).await;
+        let (name, scheduler) = (target.builder(), target.scheduler());
+        let idle = farm.idle(&name, &scheduler, most, candidates);
+        // A slot of the worker waits for it.
+        let Ok(idle) = tokio::time::timeout(READY, idle).await else {
+            return Err(format!("master `{}` does not answer within {} s", farm.master.name, READY.as_secs()));
+        };
         idle.map_err(|error| error.to_string())
     }
 
     async fn run_request(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
         // Whatever becomes of this daemon, what it asked for can be found.
         tether.begun.store(true, Ordering::Release);
-        let known = if begin == Begin::Adopt { read_place(&job.dir) } else { None };
-        let place = known.unwrap_or_else(|| Place::of(&job.settings, &job.builder));
-        let farm = match self.farm(&place) {
+        let known = if begin == Begin::Adopt { read_target(&job.dir) } else { None };
+        let target = known.unwrap_or_else(|| Target::of(&job.settings, &job.builder));
+        let farm = match self.farm(&target) {
             Ok(farm) => farm,
             Err(why) => return Ended::without_process(Outcome::Lost, why),
         };
-        if let Err(error) = prepare(&job.dir, &place) {
+        if let Err(error) = prepare(&job.dir, &target) {
             let detail = format!("cannot prepare `{}`: {error}", job.dir.display());
             return Ended::without_process(Outcome::Error, detail);
         }
         let output = Output::new(OutputWriter::create(&job.dir, self.file_limit));
-        let (builder, scheduler) = (place.builder(), place.scheduler());
+        let (builder, scheduler) = (target.builder(), target.scheduler());
         let mut following = Following::new(farm, job, (&builder, &scheduler), tether, output);
-        let ended = match following.obtain(begin).await {
-            Ok(request) => following.follow(request).await,
-            Err(Unasked::Ended(ended)) => ended,
+        let giving_back = following.tether.giving_back.clone();
+        let last_try = async {
+            giving_back.cancelled().await;
+            tokio::time::sleep(LAST_TRY).await;
+        };
+        let run = async {
+            let request = following.obtain(begin).await?;
+            self.refused().remove(&job.builder);
+            Ok(following.follow(request).await)
+        };
+        let ended = tokio::select! {
+            ended = run => ended,
+            () = last_try => {
+                let detail = format!("master `{}` does not answer; a request may go on there", farm.master.name);
+                Ok(Ended::without_process(Outcome::Lost, detail))
+            }
+        };
+        let ended = match ended {
+            Ok(ended) | Err(Unasked::Ended(ended)) => ended,
             Err(Unasked::Refused(why)) => {
                 let ended = Ended::without_process(Outcome::GivenBack, format!("given back: {why}"));
-                self.refused().insert(job.builder.clone(), (why, Instant::now() + REFUSED));
+                let mut refused = self.refused();
+                let before = refused.get(&job.builder).map(|refusal| refusal.hold * 2);
+                let hold = before.unwrap_or(REFUSED.0).min(REFUSED.1);
+                refused.insert(job.builder.clone(), Refusal { why, until: Instant::now() + hold, hold });
                 ended
             }
         };
@@ -160,13 +201,13 @@ impl Executor for BuildbotExecutor {
     }
 }
 
-impl Place {
+impl Target {
     /// Of a builder; its settings were checked when they were written.
-    fn of(settings: &str, builder: &str) -> Place {
-        let mut place =
-            serde_json::from_str(settings).unwrap_or(Place { master: None, scheduler: None, builder: None });
-        place.builder.get_or_insert_with(|| builder.to_owned());
-        place
+    fn of(settings: &str, builder: &str) -> Target {
+        let mut target =
+            serde_json::from_str(settings).unwrap_or(Target { master: None, scheduler: None, builder: None });
+        target.builder.get_or_insert_with(|| builder.to_owned());
+        target
     }
 
     fn builder(&self) -> String {
@@ -179,14 +220,14 @@ impl Place {
 }
 
 /// Makes the attempt's folder anew: its log is written from the beginning, the same again for one that is taken over.
-fn prepare(dir: &Path, place: &Place) -> io::Result<()> {
+fn prepare(dir: &Path, target: &Target) -> io::Result<()> {
     if dir.exists() {
         std::fs::remove_dir_all(dir)?;
     }
     std::fs::create_dir_all(dir)?;
-    std::fs::write(dir.join(PLACE), serde_json::to_string(place)?)
+    std::fs::write(dir.join(TARGET), serde_json::to_string(target)?)
 }
 
-fn read_place(dir: &Path) -> Option<Place> {
-    serde_json::from_str(&std::fs::read_to_string(dir.join(PLACE)).ok()?).ok()
+fn read_target(dir: &Path) -> Option<Target> {
+    serde_json::from_str(&std::fs::read_to_string(dir.join(TARGET)).ok()?).ok()
 }

@@ -2,13 +2,11 @@
 
 use std::cmp::Reverse;
 
-use super::follow::{Following, Order, has_answer, let_go};
+use super::follow::{AGAIN, Following, Order, has_answer, let_go};
 use super::master::MasterError;
 use super::request::{self, Absent, Token};
 use crate::executor::Begin;
 use crate::model::{Ended, Outcome};
-
-use super::follow::AGAIN;
 
 /// Why there is no request to follow.
 pub(super) enum Unasked {
@@ -35,26 +33,40 @@ impl Following<'_> {
             // Nobody can have asked before.
             return self.force(&token).await;
         }
+        // What somebody asked for before may still be under way.
+        self.doubt = true;
+        let lost_before = self.job.adopt_from < self.job.id.attempt;
         let mut absent = Absent::default();
         loop {
-            self.unless_ordered(self.order())?;
-            match self.earlier(&token).await {
-                Ok(Earlier::Request(request)) => {
-                    self.doubt = true;
-                    return Ok(request);
+            let order = self.order();
+            // What is there has to be known before it can be stopped, or its result be recorded, however late.
+            if begin == Begin::Start || order == Some(Order::LetGo) {
+                self.unless_ordered(order.clone())?;
+            }
+            match self.earlier(&token, begin).await {
+                Ok(Earlier::Request(request)) => return Ok(request),
+                Ok(Earlier::Ending) => {
+                    self.unless_ordered(order)?;
+                    absent.interrupted();
                 }
-                Ok(Earlier::Ending) => {}
-                Ok(Earlier::Nothing) if begin == Begin::Start => return self.force(&token).await,
                 Ok(Earlier::Nothing) => {
-                    if absent.again() {
-                        let detail = "given back: the worker ended before it had asked the master";
-                        return Err(Unasked::Ended(Ended::without_process(Outcome::GivenBack, detail)));
+                    let believed = absent.again();
+                    match begin {
+                        Begin::Start if believed || !lost_before => return self.force(&token).await,
+                        Begin::Adopt if believed => {
+                            self.unless_ordered(order)?;
+                            let detail = "given back: the worker ended before it had asked the master";
+                            return Err(Unasked::Ended(Ended::without_process(Outcome::GivenBack, detail)));
+                        }
+                        Begin::Start | Begin::Adopt => {}
                     }
                 }
-                Err(error) => {
-                    absent.interrupted();
+                Err(error) if error.is_outage() => {
                     self.complain(&error);
+                    self.unless_ordered(order)?;
+                    absent.interrupted();
                 }
+                Err(error) => return Err(Unasked::Refused(error.to_string())),
             }
             self.pause(AGAIN).await;
         }
@@ -74,19 +86,30 @@ impl Following<'_> {
         Err(Unasked::Ended(ended))
     }
 
-    async fn earlier(&mut self, token: &Token) -> Result<Earlier, MasterError> {
+    async fn earlier(&mut self, token: &Token, begin: Begin) -> Result<Earlier, MasterError> {
         let asked = request::find(&self.farm.master, token).await?;
-        let mine = self.job.adopt_from..=self.job.id.attempt;
+        let own = self.job.id.attempt;
+        // This attempt's own is followed whatever it has come to meanwhile.
+        let is_mine = |asked: &request::Asked| {
+            (begin == Begin::Adopt && asked.attempt == own)
+                || ((self.job.adopt_from..=own).contains(&asked.attempt) && has_answer(&asked.row))
+        };
         let adopted = asked
             .iter()
-            .filter(|asked| mine.contains(&asked.attempt) && has_answer(&asked.row))
+            .filter(|asked| is_mine(asked))
             .max_by_key(|asked| (asked.attempt, Reverse(asked.row.buildsetid)))
             .map(|asked| asked.row.buildrequestid);
         let mut ending = false;
-        for other in asked.iter().filter(|asked| !asked.row.complete && Some(asked.row.buildrequestid) != adopted) {
+        let left = |asked: &&request::Asked| {
+            asked.attempt <= own && !asked.row.complete && Some(asked.row.buildrequestid) != adopted
+        };
+        for other in asked.iter().filter(left) {
             ending = true;
             let why = format!("left by attempt {}.{}", self.job.id.build, other.attempt);
-            request::cancel(&self.farm.master, other.row.buildrequestid, &why).await?;
+            match request::cancel(&self.farm.master, other.row.buildrequestid, &why).await {
+                Ok(()) | Err(MasterError::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(match adopted {
             Some(request) => Earlier::Request(request),
@@ -102,36 +125,58 @@ impl Following<'_> {
             let detail = format!("given back: {error}");
             Unasked::Ended(Ended::without_process(Outcome::GivenBack, detail))
         };
-        loop {
+        // Twice without a word of it: what it says is not about the connection.
+        for last in [false, true] {
             let place = match self.farm.place(self.builder, self.scheduler).await {
                 Ok(place) => place,
                 Err(error) if error.is_outage() => return Err(given_back(error)),
                 Err(error) => return Err(Unasked::Refused(error.to_string())),
             };
-            let params = request::parameters(self.job, self.builder, self.scheduler, &place, token).map_err(broken)?;
-            // As late as can be: whoever was stopped since the claim must not ask any more.
+            let params = match request::parameters(self.job, self.builder, self.scheduler, &place, token) {
+                Ok(params) => params,
+                Err(_) => {
+                    // What is known of the scheduler may be half a minute old.
+                    self.farm.forget(self.builder, self.scheduler);
+                    let Ok(place) = self.farm.place(self.builder, self.scheduler).await else { continue };
+                    request::parameters(self.job, self.builder, self.scheduler, &place, token).map_err(broken)?
+                }
+            };
             self.unless_ordered(self.order())?;
             let path = format!("forceschedulers/{}", super::idle::segment(self.scheduler));
-            match self.farm.master.call(&path, "force", &params).await {
+            // As late as can be: whoever was stopped since the claim must not ask any more.
+            let still = || self.order().is_none();
+            let error = match self.farm.master.call_while(&path, "force", &params, &still).await {
                 Ok(answer) => {
                     if let Some(request) = request::in_answer(&answer) {
                         return self.findable(request, token, &place.findable).await;
                     }
+                    MasterError::Unreachable(format!("the answer is not known here: {answer}"))
                 }
-                Err(error @ MasterError::NotReached(_)) => return Err(given_back(error)),
-                Err(error @ MasterError::Unreachable(_)) => self.complain(&error),
+                Err(error @ MasterError::NotReached(_)) => {
+                    self.unless_ordered(self.order())?;
+                    return Err(given_back(error));
+                }
+                Err(error @ MasterError::Unreachable(_)) => error,
                 Err(MasterError::Refused { message, values: true }) => return Err(broken(message)),
                 Err(error) => {
                     self.farm.forget(self.builder, self.scheduler);
                     return Err(Unasked::Refused(error.to_string()));
                 }
-            }
+            };
             // Perhaps there is one.
+            self.complain(&error);
             self.doubt = true;
             if let Some(request) = self.search(token).await? {
                 return Ok(request);
             }
+            if last {
+                return Err(broken(format!("asked twice, and nothing came of it: {error}")));
+            }
         }
+        Err(broken(format!(
+            "force scheduler `{}` of master `{}` could not be looked up",
+            self.scheduler, self.farm.master.name
+        )))
     }
 
     /// The request that a call of this attempt's has led to, once that is known. `None`: to none.

@@ -1,12 +1,16 @@
 //! What a master knows of the inside of a request: its steps, and their logs, copied into the attempt's log file in one order that does not
 //! depend on when it was looked at. So the daemon that takes an attempt over writes the same file again.
 
-use super::master::{BuildRow, Chunks, LogRow, Logs, Master, MasterError, StepRow, Steps, Workers};
+use super::master::{Master, MasterError};
+use super::rows::{BuildRow, Chunks, LogRow, Logs, StepRow, Steps, Workers};
 use crate::logs::file::OutputWriter;
 use crate::model::{Seen, Step, clean_line};
 
 /// Lines in one look at a log; the master cuts lines at 4 KiB.
 const LINES: u64 = 2000;
+
+/// Looks at logs in one call; then others are heard.
+const LOOKS: u32 = 20;
 
 /// The logs of one request on their way into a file.
 pub struct Output {
@@ -24,6 +28,10 @@ pub struct Output {
     known: Vec<Vec<StepRow>>,
     /// Who builds the last build.
     worker: Option<String>,
+    /// Lines that the logs of the next step have, copied or not.
+    told: u64,
+    /// Looks left in this call.
+    looks: u32,
 }
 
 impl Output {
@@ -40,12 +48,24 @@ impl Output {
             step_named: false,
             known: Vec::new(),
             worker: None,
+            told: 0,
+            looks: LOOKS,
         }
     }
 
     /// Bytes so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// A number that changes when a log has grown, although it may not be its turn to be copied.
+    pub fn told(&self) -> u64 {
+        self.told
+    }
+
+    /// Whether the last call broke off with more to copy.
+    pub fn has_more(&self) -> bool {
+        self.looks == 0
     }
 
     /// Adds what does not come from the master.
@@ -59,11 +79,12 @@ impl Output {
         self.writer.end().1
     }
 
-    /// Copies what is there of `builds`, all of one request, in order. True: all of it is copied.
+    /// Copies what is there of `builds`, all of one request, in order. True: all of it is copied. A lot is copied in several calls.
     ///
     /// # Errors
     /// The master does not answer; the next call goes on.
     pub async fn copy(&mut self, master: &Master, builds: &[BuildRow]) -> Result<bool, MasterError> {
+        self.looks = LOOKS;
         while let Some(build) = builds.get(self.builds) {
             if !self.build_named {
                 self.name_build(master, build).await?;
@@ -107,9 +128,10 @@ impl Output {
     /// False: more may come.
     async fn copy_step(&mut self, master: &Master, step: &StepRow, over: bool) -> Result<bool, MasterError> {
         let logs: Logs = master.get(&format!("steps/{}/logs", step.stepid)).await?;
+        self.told = logs.logs.iter().map(|log| log.num_lines).sum();
         while let Some(log) = logs.logs.get(self.logs) {
             self.copy_log(master, step, log).await?;
-            if !log.complete && !over {
+            if self.looks == 0 || (!log.complete && !over) {
                 return Ok(false);
             }
             (self.logs, self.lines) = (self.logs + 1, 0);
@@ -126,7 +148,8 @@ impl Output {
             }
             return Ok(());
         }
-        while self.lines < log.num_lines {
+        while self.lines < log.num_lines && self.looks > 0 {
+            self.looks -= 1;
             let from = self.lines;
             let chunks: Chunks =
                 master.get(&format!("logs/{}/contents?offset={from}&limit={LINES}", log.logid)).await?;

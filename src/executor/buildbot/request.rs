@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 use super::idle::Place;
-use super::master::{Buildsets, Master, MasterError, RequestRow, Requests};
+use super::master::{Master, MasterError};
+use super::rows::{Buildsets, RequestRow, Requests};
 use crate::model::{BuildId, Job, clean_line};
 
 /// How long the master must have answered that it has no request before it is taken at its word. It has needed 0.7 s under load.
@@ -38,7 +39,8 @@ impl Token {
 
     /// Which attempt asked for a buildset with this reason.
     fn attempt_in(&self, reason: &str) -> Option<i32> {
-        let rest = &reason[reason.rfind(&self.prefix)? + self.prefix.len()..];
+        // The last one: a reason of people's own may quote others.
+        let rest = reason[reason.rfind("(br-")?..].strip_prefix(&self.prefix)?;
         rest.split(')').next()?.parse().ok()
     }
 }
@@ -120,6 +122,8 @@ pub fn parameters(job: &Job, builder: &str, scheduler: &str, place: &Place, toke
         let value = row.pointer(&format!("/properties/{}", name.replace('~', "~0").replace('/', "~1"))).cloned();
         match value.unwrap_or_else(|| Value::String(text.clone())) {
             Value::Null => continue,
+            // As PostgreSQL has it: 3.10 is not 3.1, and a text parameter takes no number.
+            Value::Number(_) => params.insert(name.clone(), Value::String(text.clone())),
             // Of a list it would keep the first entry alone.
             Value::Array(entries) if !list => {
                 params.insert(name.clone(), Value::String(Value::Array(entries).to_string()))
@@ -180,6 +184,7 @@ mod tests {
         assert_eq!(token.attempt_in(&reason), Some(10));
         assert_eq!(named_build(&reason), Some(BuildId(42)));
         assert_eq!(token.attempt_in("nightly (br-6a1-421-1)"), None);
+        assert_eq!(token.attempt_in("like (br-6a1-42-1) (br-6a1-43-1)"), None);
         assert_eq!(token.attempt_in("nightly"), None);
         assert_eq!(named_build("nightly (br-"), None);
     }
