@@ -643,3 +643,33 @@ async fn watch_and_running_builds_show_where_it_is_built_and_its_steps() {
     assert!(lines[0].contains("/#/builders/") && lines[2].starts_with("  2 work failed in "), "{lines:#?}");
     assert!(lines[2].ends_with(": 'sh -c ...' (failure)"), "{lines:#?}");
 }
+
+#[tokio::test]
+async fn mail_has_the_masters_page_its_worker_and_its_times() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "fail").await;
+    db.execute(
+        "UPDATE builders SET max_running = 10; INSERT INTO build_subscriptions (address) VALUES ('ann@example.org')",
+    )
+    .await;
+    let mails = temp_dir();
+    let mail = format!("[mail]\nfrom = \"builds@example.org\"\ndry_run = \"{}\"", mails.path().display());
+    let _daemon = worker(&db, "w", &buildbot.config_at(&buildbot.url(), &mail)).await;
+    let id = queue(&db, "fail", "{}").await;
+    assert_eq!(db.finished(id).await, "failed");
+    db.wait("SELECT state = 'sent' FROM build_mail").await;
+    let file = std::fs::read_dir(mails.path()).unwrap().next().unwrap().unwrap().path();
+    let text = std::fs::read_to_string(file).unwrap();
+    let (url, on): (String, String) = (
+        db.one("SELECT external_url FROM build_attempts").await,
+        db.one("SELECT external_worker FROM build_attempts").await,
+    );
+    let at: String =
+        db.one("SELECT to_char(finished_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM builds").await;
+    for line in
+        [format!("see: {url}"), format!("attempt: 1 on w ({on})"), format!("finished: {at} UTC"), "boom".to_owned()]
+    {
+        assert!(text.lines().any(|found| found == line), "no {line} in {text}");
+    }
+}
