@@ -1,18 +1,23 @@
 # Everything a newcomer, a developer and the CI run. `make` alone shows this.
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture setup check bench clean
+.PHONY: help demo demo-buildbot test torture setup check bench clean
 
 # Of `make torture`. The seed decides what is done; the machine, what comes of it.
 SEED = 4
 SECONDS = 600
 
 help: ## Show this
-	@sed -n 's/^\([a-z]*\): .*##\(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\): .*##\(.*\)/make \1	\2/p' Makefile | expand -t 24
 
 demo: ## See it work: a throw-away PostgreSQL, a worker, three builds (a few minutes)
 	@scripts/setup.sh demo
 	cargo build --locked
 	target=$${CARGO_TARGET_DIR:-target}; "$$target/debug/buildreactor" demo
+
+demo-buildbot: ## See it with a real Buildbot: a master, its worker, a PostgreSQL, a worker, four builds (half a minute)
+	@scripts/setup.sh demo-buildbot
+	cargo build --locked
+	@scripts/demo-buildbot.sh
 
 test: setup ## Set up, then run all tests
 	@scripts/test.sh

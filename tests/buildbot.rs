@@ -844,3 +844,153 @@ async fn every_connection_to_the_kick_port_is_a_wake() {
     })
     .await;
 }
+
+/// Exit code and lines of a command.
+async fn command(arguments: &[&str], env: &[(&str, &str)]) -> (Option<i32>, Vec<String>) {
+    let own = |text: &&str| (*text).to_owned();
+    let arguments: Vec<String> = arguments.iter().map(own).collect();
+    let env: Vec<(String, String)> = env.iter().map(|(key, value)| (own(key), own(value))).collect();
+    let output = tokio::task::spawn_blocking(move || {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        crate::support::buildreactor(&arguments, &env)
+    })
+    .await
+    .unwrap();
+    (output.status.code(), crate::support::text(&output.stdout).lines().map(str::to_owned).collect())
+}
+
+#[tokio::test]
+async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
+    let Some(buildbot) = Buildbot::start(&[("BB_AUTH", "read")]).await else { return };
+    let db = Db::new().await;
+    db.execute(
+        "INSERT INTO builders (name, executor, settings) VALUES
+         ('here', 'buildbot', '{\"master\": \"main\"}'), ('there', 'buildbot', '{\"master\": \"other\"}'), ('unsaid', 'buildbot', '{}')",
+    )
+    .await;
+    let folder = temp_dir();
+    let state = folder.path().display().to_string();
+    let (good, bad) = (folder.path().join("good"), folder.path().join("bad"));
+    std::fs::write(&good, "s3cret\n").unwrap();
+    std::fs::write(&bad, "wrong\n").unwrap();
+    let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
+    let login = |file: &Path| format!("user = \"bot\"\npassword_file = \"{}\"", file.display());
+    let url = buildbot.url();
+    let check = async |config: &str| {
+        let env = [
+            ("BUILDREACTOR_CONFIG", config),
+            ("BUILDREACTOR_WORKER_STATE_DIR", state.as_str()),
+            ("BUILDREACTOR_WORKER_MIN_FREE_DISK", "0"),
+            ("BUILDREACTOR_KICK_LISTEN", "127.0.0.1:7999"),
+        ];
+        let (code, lines) = command(&["check", "--database", &db.url()], &env).await;
+        let about = |line: &String| line.contains(" buildbot: ") || line.contains(" kick: ");
+        (code, lines.into_iter().filter(about).collect::<Vec<_>>())
+    };
+
+    let (code, lines) = check(&buildbot.config_at(&url, &login(&good))).await;
+    let expected = [
+        "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`".to_owned(),
+        format!("ok       buildbot: master `main` at {url} is Buildbot 4.3.0; logged in as `bot`"),
+        "ok       kick: every connection to 127.0.0.1:7999 is a wake".to_owned(),
+    ];
+    assert_eq!((code, lines), (Some(0), expected.to_vec()));
+
+    let others = format!(
+        "{}\n[buildbot.open]\nurl = \"{url}\"\n[buildbot.off]\nurl = \"http://{closed}\"\n\
+         [buildbot.untrusted]\nurl = \"https://localhost\"\nca_file = \"/nonexistent/ca.pem\"\n\
+         [buildbot.far]\nurl = \"http://192.0.2.1:8010\"\n{}",
+        login(&bad),
+        login(&good),
+    );
+    let (code, lines) = check(&buildbot.config_at(&url, &others)).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    for expected in [
+        "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`",
+        "note     buildbot: there is more than one master here, and the settings of `unsaid` name none",
+        "PROBLEM  buildbot: master `main` refuses user `bot`: wrong user or password",
+        &format!("ok       buildbot: master `open` at {url} is Buildbot 4.3.0; nobody is logged in"),
+        &format!(
+            "PROBLEM  buildbot: master `off` cannot be reached: Connection refused (os error 111): is [buildbot.off] url = \"http://{closed}\" its web interface, and does it run?"
+        ),
+        "PROBLEM  buildbot: [buildbot.untrusted] ca_file: cannot use `/nonexistent/ca.pem`: ",
+        "PROBLEM  buildbot: master `far` ",
+        "note     buildbot: others on the network can read the password for master `far`: ",
+    ] {
+        assert!(lines.iter().any(|line| line.starts_with(expected)), "no {expected} in {lines:#?}");
+    }
+}
+
+#[tokio::test]
+async fn watch_and_running_builds_show_where_it_is_built_and_its_steps() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    builder(&db, "fail").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waiting(&db, id).await;
+    db.wait("SELECT step = 'work' AND external_worker ~ '^w[12]$' FROM running_builds").await;
+    let (url, on): (String, String) = {
+        let row: String = db.one("SELECT external_url || ' ' || external_worker FROM running_builds").await;
+        let (url, on) = row.split_once(' ').unwrap();
+        (url.to_owned(), on.to_owned())
+    };
+    let database = db.url();
+    let watch = async |arguments: &[&str]| command(&[arguments, &["--database", &database]].concat(), &[]).await;
+    let (code, lines) = watch(&["watch", &id.to_string(), "--once"]).await;
+    assert_eq!((code, lines.len()), (Some(1), 4), "{lines:#?}");
+    assert_eq!(lines[1], format!("  {url} on {on}"));
+    assert!(lines[2].starts_with("  1 worker_preparation passed in ") && lines[3] == "  2 work runs", "{lines:#?}");
+    let followed = {
+        let (id, database) = (id.to_string(), db.url());
+        tokio::spawn(async move { command(&["watch", &id, "--database", &database], &[]).await })
+    };
+    std::fs::write(&file, "").unwrap();
+    let (code, lines) = followed.await.unwrap();
+    assert_eq!(code, Some(0));
+    let [.., step, end] = &lines[..] else { panic!("{lines:#?}") };
+    assert!(step.starts_with("  2 work passed in "), "{lines:#?}");
+    assert!(end.starts_with("build 1 of wait passed in "), "{lines:#?}");
+
+    let id = queue(&db, "fail", "{}").await;
+    assert_eq!(db.finished(id).await, "failed");
+    let (code, lines) = watch(&["watch", &id.to_string()]).await;
+    assert_eq!((code, lines.len()), (Some(1), 4), "{lines:#?}");
+    assert!(lines[0].contains("/#/builders/") && lines[2].starts_with("  2 work failed in "), "{lines:#?}");
+    assert!(lines[2].ends_with(": 'sh -c ...' (failure)"), "{lines:#?}");
+}
+
+#[tokio::test]
+async fn mail_has_the_masters_page_its_worker_and_its_times() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "fail").await;
+    db.execute(
+        "UPDATE builders SET max_running = 10; INSERT INTO build_subscriptions (address) VALUES ('ann@example.org')",
+    )
+    .await;
+    let mails = temp_dir();
+    let mail = format!("[mail]\nfrom = \"builds@example.org\"\ndry_run = \"{}\"", mails.path().display());
+    let _daemon = worker(&db, "w", &buildbot.config_at(&buildbot.url(), &mail)).await;
+    let id = queue(&db, "fail", "{}").await;
+    assert_eq!(db.finished(id).await, "failed");
+    db.wait("SELECT state = 'sent' FROM build_mail").await;
+    let file = std::fs::read_dir(mails.path()).unwrap().next().unwrap().unwrap().path();
+    let text = std::fs::read_to_string(file).unwrap();
+    let (url, on): (String, String) = (
+        db.one("SELECT external_url FROM build_attempts").await,
+        db.one("SELECT external_worker FROM build_attempts").await,
+    );
+    let at: String =
+        db.one("SELECT to_char(finished_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM builds").await;
+    for line in
+        [format!("see: {url}"), format!("attempt: 1 on w ({on})"), format!("finished: {at} UTC"), "boom".to_owned()]
+    {
+        assert!(text.lines().any(|found| found == line), "no {line} in {text}");
+    }
+}

@@ -351,7 +351,7 @@ async fn everything_may_live_in_a_schema_of_its_own() {
 
 /// Takes the last migrations back, as if an older program had been here.
 const BEFORE_V6: &str =
-    "DROP VIEW queue_status; DROP VIEW worker_status; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready;
+    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready;
     ALTER TABLE build_attempts DROP COLUMN external_worker;
     ALTER TABLE builders DROP CONSTRAINT buildbot_settings_are_texts_named_master_scheduler_builder,
         DROP CONSTRAINT buildbot_builder_has_no_script_env_or_keep_workspace, DROP CONSTRAINT executor_is_process_or_buildbot,

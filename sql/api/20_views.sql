@@ -27,10 +27,14 @@ SELECT b.id AS build_id,
        END AS percent,
        last_line.last_log_line,
        h.pid IS NOT NULL AS claim_held,
-       h.pid AS claim_pid
+       h.pid AS claim_pid,
+       a.external_worker,
+       a.external_url,
+       (SELECT s.name FROM build_steps s WHERE s.build_id = b.id AND s.attempt = b.attempt AND s.state = 'running' ORDER BY s.position DESC LIMIT 1) AS step
 FROM builds b
 LEFT JOIN build_queue q ON q.build_id = b.id
 LEFT JOIN holders h ON h.transactionid = q.xmax
+LEFT JOIN build_attempts a ON a.build_id = b.id AND a.attempt = b.attempt
 LEFT JOIN LATERAL (
     SELECT date_trunc('milliseconds', percentile_cont(0.5) WITHIN GROUP (ORDER BY f.finished_at - f.started_at)) AS usual_time
     FROM (SELECT p.started_at, p.finished_at FROM builds p
@@ -57,6 +61,9 @@ COMMENT ON COLUMN running_builds.percent IS 'Elapsed against usual time, at most
 COMMENT ON COLUMN running_builds.last_log_line IS 'The last line of its log.';
 COMMENT ON COLUMN running_builds.claim_held IS 'Whether a transaction holds its queue row now; read from the lock table.';
 COMMENT ON COLUMN running_builds.claim_pid IS 'Backend that holds it (pg_stat_activity.pid).';
+COMMENT ON COLUMN running_builds.external_worker IS 'buildbot: the Buildbot worker that builds it.';
+COMMENT ON COLUMN running_builds.external_url IS 'buildbot: its page on the master.';
+COMMENT ON COLUMN running_builds.step IS 'The step that runs, where its executor tells of steps.';
 
 CREATE OR REPLACE VIEW builder_status AS
 WITH slots AS MATERIALIZED (

@@ -1,9 +1,9 @@
 -- What a mail says about its build. What a later attempt has overwritten in builds is null.
 -- $1 row of build_mail
-SELECT a.worker, a.started_at, a.finished_at, a.exit_code, a.term_signal, a.external_url,
+SELECT a.worker || coalesce(' (' || a.external_worker || ')', '') AS worker, t.started_at, t.finished_at, a.exit_code, a.term_signal, a.external_url,
        CASE WHEN b.attempt = m.attempt THEN b.detail ELSE a.detail END AS detail,
-       extract(epoch FROM a.finished_at - a.started_at)::float8 AS ran_seconds,
-       CASE WHEN b.attempt = m.attempt THEN extract(epoch FROM a.started_at - b.queued_at)::float8 END AS waited_seconds,
+       extract(epoch FROM t.finished_at - t.started_at)::float8 AS ran_seconds,
+       CASE WHEN b.attempt = m.attempt THEN extract(epoch FROM t.started_at - b.queued_at)::float8 END AS waited_seconds,
        u.seconds AS usual_seconds,
        left(b.reason, 10000) AS reason, b.submitted_by,
        CASE WHEN octet_length(b.properties::text) <= 20000 THEN b.properties::text ELSE '{}' END AS properties,
@@ -15,6 +15,11 @@ SELECT a.worker, a.started_at, a.finished_at, a.exit_code, a.term_signal, a.exte
 FROM build_mail m
 JOIN builds b ON b.id = m.build_id
 LEFT JOIN build_attempts a ON a.build_id = m.build_id AND a.attempt = m.attempt
+-- As builds has them, like those that a usual time comes from: of a build that another system ran they are that system's.
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN b.attempt = m.attempt AND b.finished_at IS NOT NULL THEN b.started_at ELSE a.started_at END AS started_at,
+           CASE WHEN b.attempt = m.attempt AND b.finished_at IS NOT NULL THEN b.finished_at ELSE a.finished_at END AS finished_at
+) t
 LEFT JOIN builds g ON g.id = m.good_build_id AND g.state = 'passed' AND g.id <> m.build_id
 LEFT JOIN LATERAL (
     SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM f.finished_at - f.started_at))::float8 AS seconds

@@ -11,6 +11,7 @@ use crate::config::{Config, KILL_TIME, Worker};
 use crate::database::SessionLimits;
 use crate::database::examine::{Asked, Finding, Findings, Level, examine};
 use crate::executor::Folders;
+use crate::executor::buildbot::{Master, MasterError};
 use crate::mail::Mailer;
 use crate::report::Chain;
 
@@ -35,6 +36,8 @@ pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCo
     if let Some(error) = &refused {
         found.problem("connection", Chain(error.as_ref()).to_string());
     }
+    buildbot(config, &mut found).await;
+    kick(config, &mut found);
     mail(arguments.mail.as_deref(), config, &mut found).await;
     print(&found)?;
     Ok(match refused {
@@ -52,9 +55,55 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<()> {
         worker: config.worker.name.clone(),
         limits,
         lease: config.lease.lease,
+        masters: config.buildbot.keys().cloned().collect(),
         deletes_builds: config.retention.builds.is_some() || config.retention.builds_per_builder.is_some(),
     };
     Ok(examine(&info, &asked, found).await?)
+}
+
+/// Each master: who it is, and who we are to it. Whether it lets us start builds is seen only by doing so.
+async fn buildbot(config: &Config, found: &mut Findings) {
+    const SUBJECT: &str = "buildbot";
+    for (name, settings) in &config.buildbot {
+        let master = match Master::new(name, settings) {
+            Ok(master) => master,
+            Err(error) => {
+                found.problem(SUBJECT, error);
+                continue;
+            }
+        };
+        match master.about().await {
+            Ok(about) => {
+                let who = settings
+                    .user
+                    .as_ref()
+                    .map_or_else(|| "nobody is logged in".to_owned(), |user| format!("logged in as `{user}`"));
+                let text = format!("master `{name}` at {} is Buildbot {}; {who}", settings.url, about.version());
+                found.ok(SUBJECT, text);
+            }
+            Err(error) => {
+                let cure = match error {
+                    MasterError::NotReached(_) | MasterError::Unreachable(_) => {
+                        format!(": is [buildbot.{name}] url = \"{}\" its web interface, and does it run?", settings.url)
+                    }
+                    // These have it in them.
+                    MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Refused { .. } => String::new(),
+                };
+                found.problem(SUBJECT, format!("{error}{cure}"));
+            }
+        }
+        if master.shows_password() {
+            let text = format!(
+                "others on the network can read the password for master `{name}`: put a proxy with TLS before it, and https:// into [buildbot.{name}] url"
+            );
+            found.note(SUBJECT, text);
+        }
+    }
+}
+
+fn kick(config: &Config, found: &mut Findings) {
+    let Some(address) = config.kick.listen else { return };
+    found.ok("kick", format!("every connection to {address} is a wake"));
 }
 
 /// The settings and templates; and a mail to `address`.

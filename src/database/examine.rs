@@ -74,6 +74,8 @@ pub struct Asked {
     pub limits: SessionLimits,
     /// `[lease] lease`.
     pub lease: Duration,
+    /// Buildbot masters that it knows.
+    pub masters: Vec<String>,
     /// Whether `[retention]` has it delete builds.
     pub deletes_builds: bool,
 }
@@ -96,6 +98,8 @@ pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Re
         keep_on("privileges", outcome, found)?;
         let outcome = triggers(client, found).await;
         keep_on("triggers", outcome, found)?;
+        let outcome = masters(client, asked, found).await;
+        keep_on("buildbot", outcome, found)?;
         let outcome = connections(client, asked, found).await;
         keep_on("connections", outcome, found)?;
     }
@@ -316,6 +320,24 @@ async fn triggers(client: &Client, found: &mut Findings) -> Result<()> {
     }
     if found.0.len() == before {
         found.ok(SUBJECT, "all there and enabled");
+    }
+    Ok(())
+}
+
+/// Builders that this worker could not build for, for want of a master.
+async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result<()> {
+    for row in rows(client, sql::MASTERS, &[(&asked.masters, Type::TEXT_ARRAY)]).await? {
+        let (builders, master): (&str, Option<&str>) = (row.get("builders"), row.get("master"));
+        let text = match master {
+            Some(master) => {
+                format!("there is no section [buildbot.{master}] here: other workers have to build {builders}")
+            }
+            None if asked.masters.is_empty() => {
+                format!("there is no section [buildbot.NAME] here: other workers have to build {builders}")
+            }
+            None => format!("there is more than one master here, and the settings of {builders} name none"),
+        };
+        found.note("buildbot", text);
     }
     Ok(())
 }

@@ -60,6 +60,7 @@ statements! {
     READ_QUEUE = "read_queue.sql";
     READ_RECENT = "read_recent.sql";
     READ_RUNNING = "read_running.sql";
+    READ_STEPS = "read_steps.sql";
     READ_WORKERS = "read_workers.sql";
     RECORD_RESULT = "record_result.sql";
     SCHEDULE_DONE = "schedule_done.sql";

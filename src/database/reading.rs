@@ -34,6 +34,7 @@ struct Prepared {
     queue: Statement,
     recent: Statement,
     running: Statement,
+    steps: Statement,
     workers: Statement,
 }
 
@@ -112,6 +113,34 @@ pub struct Running {
     pub last_log_line: Option<String>,
 }
 
+/// What another system tells of the last attempt of a build.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Elsewhere {
+    /// The attempt.
+    pub attempt: i32,
+    /// Where it is shown.
+    pub url: String,
+    /// Who builds it there.
+    pub worker: Option<String>,
+    /// Its steps, in order.
+    pub steps: Vec<Step>,
+}
+
+/// A step of an attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// From 1.
+    pub position: i32,
+    /// Its name.
+    pub name: String,
+    /// `build_steps.state`.
+    pub state: String,
+    /// Why it is in this state.
+    pub detail: Option<String>,
+    /// Seconds that it took, or has taken so far. `None`: it never began.
+    pub seconds: Option<f64>,
+}
+
 /// A build that has ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recent {
@@ -168,12 +197,13 @@ impl Reader {
                 client.prepare(queries::READ_QUEUE),
                 client.prepare(queries::READ_RECENT),
                 client.prepare(queries::READ_RUNNING),
+                client.prepare(queries::READ_STEPS),
                 client.prepare(queries::READ_WORKERS),
             )
         });
-        let (build, log, queue, recent, running, workers) =
+        let (build, log, queue, recent, running, steps, workers) =
             prepared.await.map_err(|error| schema_does_not_fit(error, STEP, info))?;
-        let prepared = Prepared { build, log, queue, recent, running, workers };
+        let prepared = Prepared { build, log, queue, recent, running, steps, workers };
         Ok(Reader { client, prepared, _driver: driver })
     }
 
@@ -238,6 +268,29 @@ impl Reader {
             elapsed_seconds: row.get("elapsed_seconds"),
             usual_seconds: row.get("usual_seconds"),
             last_log_line: row.get("last_log_line"),
+        }))
+    }
+
+    /// What another system tells of the last attempt of a build. `None`: no other is concerned, or knows of it yet.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn elsewhere(&self, build: BuildId) -> Result<Option<Elsewhere>> {
+        let rows = looked("look at the steps of a build", self.client.query(&self.prepared.steps, &[&build.0])).await?;
+        let step = |row: &Row| {
+            Some(Step {
+                position: row.get::<_, Option<i32>>("position")?,
+                name: row.get("name"),
+                state: row.get("state"),
+                detail: row.get("detail"),
+                seconds: row.get("seconds"),
+            })
+        };
+        Ok(rows.first().map(|row| Elsewhere {
+            attempt: row.get("attempt"),
+            url: row.get("external_url"),
+            worker: row.get("external_worker"),
+            steps: rows.iter().filter_map(step).collect(),
         }))
     }
 

@@ -1,5 +1,6 @@
 //! One build, until it has ended.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,10 +11,10 @@ use tokio::time::Instant;
 
 use super::link::{Link, WhenAway, note, stdout_is_closed};
 use super::live::{BAR, BAR_CHARS, progress, set_progress};
-use super::text::{Place, runs, span, verdict, waits};
+use super::text::{self, Place, runs, span, verdict, waits};
 use super::{is_terminal, pause};
 use crate::config::Config;
-use crate::database::reading::{BuildNow, Running, Waiting};
+use crate::database::reading::{BuildNow, Elsewhere, Running, Waiting};
 use crate::model::BuildId;
 
 /// How often the state is looked at; the views more rarely.
@@ -29,6 +30,7 @@ pub async fn watch(id: BuildId, once: bool, config: &Config) -> anyhow::Result<E
     let mut link = Link::open(config, when_away, teller.voice()).await?;
     let mut seen: Option<BuildNow> = None;
     let mut due = Instant::now();
+    let mut told = Told::default();
     loop {
         let Some(build) = link.ask(async |reader| reader.build(id).await).await? else {
             if seen.is_some() {
@@ -37,6 +39,7 @@ pub async fn watch(id: BuildId, once: bool, config: &Config) -> anyhow::Result<E
             bail!("there is no build {id}");
         };
         if build.is_final {
+            teller.add(&told.news(link.ask(async |reader| reader.elsewhere(id).await).await?, Runs::Told))?;
             teller.end(&verdict(id, &build))?;
             return Ok(if build.state == "passed" { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
@@ -44,6 +47,10 @@ pub async fn watch(id: BuildId, once: bool, config: &Config) -> anyhow::Result<E
             let begun = Instant::now();
             if let Some(stage) = Stage::look(&mut link, id, &build).await? {
                 teller.tell(&stage)?;
+            }
+            if build.state == "running" {
+                let elsewhere = link.ask(async |reader| reader.elsewhere(id).await).await?;
+                teller.add(&told.news(elsewhere, teller.what_runs()))?;
             }
             due = Instant::now() + pause(begun.elapsed());
         }
@@ -91,6 +98,46 @@ impl Stage {
             Stage::Waiting(waiting) => waits(waiting, Place::Shown),
             Stage::Running(running) => runs(running),
         }
+    }
+}
+
+/// Whether it is told that a step runs: where a line follows another, nothing else says so.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Runs {
+    Told,
+    Shown,
+}
+
+/// What has been told of what another system does.
+#[derive(Default)]
+struct Told {
+    attempt: i32,
+    place: String,
+    /// The state of each step.
+    steps: BTreeMap<i32, String>,
+}
+
+impl Told {
+    /// What is new, in lines.
+    fn news(&mut self, elsewhere: Option<Elsewhere>, runs: Runs) -> Vec<String> {
+        let Some(elsewhere) = elsewhere else { return Vec::new() };
+        if self.attempt != elsewhere.attempt {
+            *self = Told { attempt: elsewhere.attempt, ..Told::default() };
+        }
+        let mut lines = Vec::new();
+        let place = text::place(&elsewhere);
+        if self.place != place {
+            lines.push(place.clone());
+            self.place = place;
+        }
+        for step in &elsewhere.steps {
+            let news = self.steps.get(&step.position) != Some(&step.state);
+            if news && (runs == Runs::Told || step.state != "running") {
+                lines.push(text::step(step));
+                self.steps.insert(step.position, step.state.clone());
+            }
+        }
+        lines
     }
 }
 
@@ -150,6 +197,24 @@ impl Teller {
                 *last = line;
             }
             Teller::Terminal(screen) => screen.show(stage),
+        }
+        Ok(())
+    }
+
+    fn what_runs(&self) -> Runs {
+        match self {
+            Teller::Lines { .. } => Runs::Told,
+            Teller::Terminal(_) => Runs::Shown,
+        }
+    }
+
+    /// Lines that stay.
+    fn add(&self, lines: &[String]) -> io::Result<()> {
+        for line in lines {
+            match self {
+                Teller::Lines { .. } => writeln!(io::stdout(), "{line}")?,
+                Teller::Terminal(screen) => screen.bar.println(line),
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Words and numbers for people.
 
-use crate::database::reading::{BuildNow, Recent, Running, Waiting};
+use crate::database::reading::{BuildNow, Elsewhere, Recent, Running, Step, Waiting};
 use crate::model::{BuildId, clean_line};
 
 /// Longest text of a cell, characters.
@@ -87,6 +87,29 @@ pub fn runs(running: &Running) -> String {
     format!("build {build} of {builder} runs, attempt {attempt} on {worker}")
 }
 
+/// Where another system builds it: `  http://localhost:8010/#/builders/1/builds/7 on oak`.
+pub fn place(elsewhere: &Elsewhere) -> String {
+    let worker = elsewhere.worker.as_deref().map_or_else(String::new, |worker| format!(" on {}", line(worker)));
+    format!("  {}{worker}", line(&elsewhere.url))
+}
+
+/// A step: `  2 compile failed in 3.0s: 'make' (failure)`.
+pub fn step(step: &Step) -> String {
+    let Step { position, name, state, detail, seconds } = step;
+    let name = line(name);
+    let took = seconds.map_or_else(String::new, |seconds| format!(" in {}", span(seconds)));
+    let why = detail.as_deref().map_or_else(String::new, |detail| format!(": {}", line(detail)));
+    match state.as_str() {
+        // What it says is what it does.
+        "running" => format!("  {position} {name} runs"),
+        "passed" => format!("  {position} {name} passed{took}"),
+        "failed" => format!("  {position} {name} failed{took}{why}"),
+        "warnings" => format!("  {position} {name} passed with warnings{took}{why}"),
+        "error" => format!("  {position} {name} ended in error{took}{why}"),
+        other => format!("  {position} {name} was {other}{why}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +118,18 @@ mod tests {
     fn spans_are_short_and_exact_enough() {
         let all = [0.0, -1.0, 3.24, 9.96, 59.4, 59.6, 245.0, 3599.7, 11_220.0, 183_600.0].map(span);
         assert_eq!(all, ["0.0s", "0.0s", "3.2s", "10s", "59s", "1m 00s", "4m 05s", "1h 00m", "3h 07m", "2d 03h"]);
+    }
+
+    #[test]
+    fn steps_are_lines() {
+        let say = |state: &str| {
+            let detail = Some("'make' (done)".to_owned());
+            step(&Step { position: 2, name: "compile".to_owned(), state: state.to_owned(), detail, seconds: Some(3.0) })
+        };
+        assert_eq!(say("running"), "  2 compile runs");
+        assert_eq!(say("passed"), "  2 compile passed in 3.0s");
+        assert_eq!(say("failed"), "  2 compile failed in 3.0s: 'make' (done)");
+        assert_eq!(say("lost"), "  2 compile was lost: 'make' (done)");
     }
 
     #[test]

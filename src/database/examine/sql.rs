@@ -46,6 +46,13 @@ pub(super) const TRIGGERS: &str = "
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
     WHERE c.relnamespace = (SELECT o.relnamespace FROM pg_class o WHERE o.oid = to_regclass('build_queue'))";
 
+/// $1 text[]: the Buildbot masters that this worker knows. Builders that ask for others, or for none where there is not exactly one.
+pub(super) const MASTERS: &str = "
+    SELECT settings ->> 'master' AS master, string_agg('`' || name || '`', ', ' ORDER BY name) AS builders
+    FROM builders
+    WHERE executor = 'buildbot' AND CASE WHEN settings ? 'master' THEN NOT settings ->> 'master' = ANY ($1) ELSE cardinality($1) <> 1 END
+    GROUP BY 1 ORDER BY 1";
+
 /// $1 text: this worker. Who uses its name, by the lock that a living daemon holds (`NAME_LOCK_CLASS`), and the slots of all others.
 pub(super) const WORKERS: &str = "
     SELECT ARRAY(SELECT slots FROM workers WHERE name <> $1 AND state <> 'stopped') AS slots,

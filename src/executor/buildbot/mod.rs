@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use self::follow::Following;
 use self::idle::Farm;
-pub use self::master::Master;
+pub use self::master::{Master, MasterError};
 use self::obtain::Unasked;
 use self::output::Output;
 use super::{Begin, Executor, Ready, Running, Tether};
