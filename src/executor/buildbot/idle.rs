@@ -14,13 +14,16 @@ use crate::model::BuildId;
 /// How long builder and scheduler are taken to be as they were seen; what has changed meanwhile is refused by the master.
 const KNOWN: Duration = Duration::from_secs(30);
 
+/// By builder and scheduler, and when each was looked up.
+type Places = HashMap<(String, String), (Arc<Place>, Instant)>;
+
 /// A master, what it tells by itself, and what is known of its configuration.
 pub struct Farm {
     /// The master.
     pub master: Arc<Master>,
     /// Of its requests.
     pub events: Events,
-    places: Mutex<HashMap<(String, String), (Arc<Place>, Instant)>>,
+    places: Mutex<Places>,
 }
 
 /// A builder there, and a force scheduler that starts it.
@@ -40,7 +43,7 @@ impl Farm {
         Farm { events: Events::new(Arc::clone(&master)), master, places: Mutex::default() }
     }
 
-    fn places(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), (Arc<Place>, Instant)>> {
+    fn places(&self) -> std::sync::MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
