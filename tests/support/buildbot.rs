@@ -25,6 +25,19 @@ pub fn environment() -> Option<PathBuf> {
     Some(environment)
 }
 
+/// A folder for what lives as long as the run, and so is never dropped: removed by the next run.
+pub fn kept(name: &str) -> TempDir {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("buildbot");
+    for run in std::fs::read_dir(&root).into_iter().flatten().flatten() {
+        if !Path::new("/proc").join(run.file_name()).exists() {
+            let _gone = std::fs::remove_dir_all(run.path());
+        }
+    }
+    let folder = root.join(std::process::id().to_string()).join(name);
+    std::fs::create_dir_all(&folder).unwrap();
+    TempDir(folder)
+}
+
 fn tool(environment: &Path, name: &str) -> Command {
     let mut command = Command::new(environment.join("bin").join(name));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -35,7 +48,7 @@ fn tool(environment: &Path, name: &str) -> Command {
 fn pristine(environment: &Path) -> &'static Path {
     static MADE: OnceLock<TempDir> = OnceLock::new();
     let made = MADE.get_or_init(|| {
-        let dir = temp_dir();
+        let dir = kept("pristine");
         let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
         run(tool(environment, "buildbot").args(["create-master", "-q", "-r"]).arg(dir.path().join("master")));
         for name in ["w1", "w2"] {
@@ -66,8 +79,12 @@ impl Buildbot {
     /// Starts a master and its workers, and waits until both are connected. `settings`: as `master.cfg` has them. `None`: there is no
     /// Buildbot here.
     pub async fn start(settings: &[(&str, &str)]) -> Option<Buildbot> {
+        Buildbot::start_in(temp_dir(), settings).await
+    }
+
+    /// [`Buildbot::start`] in a folder that is there.
+    pub async fn start_in(folder: TempDir, settings: &[(&str, &str)]) -> Option<Buildbot> {
         let environment = environment()?;
-        let folder = temp_dir();
         let from = environment.clone();
         let to = folder.path().to_owned();
         tokio::task::spawn_blocking(move || {

@@ -1,0 +1,290 @@
+//! Who may ask a master what, when nothing is asked of it, and how people steer what is there.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::{HOUR, builder, command, gate, queue, request_of, shared, waiting, waits_because, worker};
+use crate::support::buildbot::Buildbot;
+use crate::support::{Daemon, Db, TempDir, smtp, temp_dir, wait_for};
+
+#[tokio::test]
+async fn a_running_build_is_cancelled_on_the_master() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let id = queue(&db, "wait", r#"{"gate": "/nonexistent/never"}"#).await;
+    waiting(&db, id).await;
+    let said: String = db.one(&format!("SELECT cancel_build({id}, 'not wanted')")).await;
+    assert_eq!(said, "its worker is told to stop it");
+    assert_eq!(db.finished(id).await, "cancelled");
+    assert_eq!(db.one::<String>(&format!("SELECT detail FROM builds WHERE id = {id}")).await, "cancelled: not wanted");
+    let asked = request_of(&db, buildbot, id).await;
+    assert_eq!((asked.len(), &asked[0]["complete"], &asked[0]["results"]), (1, &true.into(), &6.into()));
+    assert_eq!(
+        db.one::<String>(&format!("SELECT state FROM build_steps WHERE build_id = {id} AND position = 2")).await,
+        "cancelled"
+    );
+}
+
+#[tokio::test]
+async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
+    let Some(mut buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    db.execute(
+        "INSERT INTO builders (name, executor, settings) VALUES
+         ('ok', 'buildbot', '{}'), ('nobody', 'buildbot', '{}'), ('elsewhere', 'buildbot', '{\"master\": \"other\"}'),
+         ('scheduled', 'buildbot', '{\"builder\": \"ok\", \"scheduler\": \"nightly\"}'),
+         ('narrow', 'buildbot', '{\"builder\": \"fail\", \"scheduler\": \"narrow\"}'),
+         ('mute', 'buildbot', '{\"builder\": \"ok\", \"scheduler\": \"mute\"}')",
+    )
+    .await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    for (name, why) in [
+        ("nobody", "master `main` has no builder `nobody`"),
+        ("elsewhere", "no worker that may take it has a section [buildbot.other]"),
+        ("scheduled", "master `main` has no force scheduler `nightly`"),
+        (
+            "narrow",
+            "force scheduler `narrow` of master `main` does not start builder `fail`: add it to its builderNames",
+        ),
+        ("mute", "drops the reason of a build: its reasonString must contain %(reason)s"),
+    ] {
+        let id = queue(&db, name, "{}").await;
+        waits_because(&db, why).await;
+        let attempts = if name == "mute" { 1 } else { 0 };
+        assert_eq!(
+            db.one::<i64>(&format!("SELECT count(*) FROM build_attempts WHERE build_id = {id}")).await,
+            attempts,
+            "{name}"
+        );
+        db.execute(&format!("SELECT cancel_build({id})")).await;
+        db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    }
+
+    let worker_ids: Vec<u64> =
+        buildbot.rows("workers").await.iter().map(|row| row["workerid"].as_u64().unwrap()).collect();
+    for id in &worker_ids {
+        buildbot.call(&format!("workers/{id}"), "pause", serde_json::json!({"reason": "maintenance"})).await;
+    }
+    let id = queue(&db, "ok", "{}").await;
+    waits_because(&db, "each connected worker of builder `ok` on master `main` is paused or about to stop (w").await;
+    for id in &worker_ids {
+        buildbot.call(&format!("workers/{id}"), "unpause", serde_json::json!({})).await;
+    }
+    assert_eq!(db.finished(id).await, "passed");
+
+    // Somebody else's.
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    builder(&db, "wait").await;
+    buildbot.force("wait", &[("gate", file.to_str().unwrap())]).await;
+    let id = queue(&db, "wait", &gate(&file)).await;
+    waits_because(&db, "builder `wait` on master `main` is busy (1 waiting or running there, 1 allowed)").await;
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+
+    for number in [1, 2] {
+        buildbot.kill_worker(number);
+    }
+    let id = queue(&db, "ok", "{}").await;
+    waits_because(&db, "no worker of builder `ok` is connected to master `main`").await;
+    buildbot.kill_master();
+    waits_because(&db, "master `main` cannot be reached: Connection refused").await;
+    assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 0);
+    buildbot.start_master().await;
+    buildbot.start_worker(1);
+    assert_eq!(db.finished(id).await, "passed");
+}
+
+#[tokio::test]
+async fn a_request_that_waits_on_the_master_is_cancelled_there() {
+    let Some(buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let folder = temp_dir();
+    let file = folder.path().join("gate");
+    builder(&db, "wait-on-w1").await;
+    db.execute("UPDATE builders SET max_running = 3").await;
+    // One builder builds one thing at a time on a worker: the second waits.
+    let first = queue(&db, "wait-on-w1", &gate(&file)).await;
+    waiting(&db, first).await;
+    let second = queue(&db, "wait-on-w1", &gate(&file)).await;
+    db.wait(&format!("SELECT external_url LIKE '%/#/buildrequests/%' FROM build_attempts WHERE build_id = {second}"))
+        .await;
+    db.execute(&format!("SELECT cancel_build({second}, 'changed my mind')")).await;
+    assert_eq!(db.finished(second).await, "cancelled");
+    let asked = request_of(&db, &buildbot, second).await;
+    assert_eq!((&asked[0]["complete"], &asked[0]["results"]), (&true.into(), &6.into()));
+    let builds = buildbot.rows(&format!("builds?buildrequestid={}", asked[0]["buildrequestid"])).await;
+    assert!(builds.is_empty(), "{builds:?}");
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(db.finished(first).await, "passed");
+}
+
+#[tokio::test]
+async fn a_login_is_made_where_a_user_is_configured() {
+    let Some(buildbot) = Buildbot::start(&[("BB_AUTH", "read"), ("BB_COOKIE_SECONDS", "2")]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    let password = buildbot.folder.path().join("password");
+    std::fs::write(&password, "wrong\n").unwrap();
+    let login = format!("user = \"bot\"\npassword_file = \"{}\"", password.display());
+    let daemon = worker(&db, "w", &buildbot.config_at(&buildbot.url(), &login)).await;
+    let id = queue(&db, "ok", "{}").await;
+    waits_because(&db, "master `main` refuses user `bot`: wrong user or password").await;
+    std::fs::write(&password, "s3cret\n").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    // The cookie has expired by now, or will during these.
+    for _ in 0..3 {
+        let id = queue(&db, "ok", "{}").await;
+        assert_eq!(db.finished(id).await, "passed");
+    }
+    let log = daemon.log.lock().unwrap().join("\n");
+    let everything: String = db.one("SELECT string_agg(concat(to_jsonb(b), to_jsonb(a), to_jsonb(w)), '') FROM builds b, build_attempts a, workers w").await;
+    for secret in ["s3cret", "TWISTED_SESSION"] {
+        assert!(!log.contains(secret) && !everything.contains(secret), "{secret}");
+    }
+    drop(daemon);
+
+    // Who may look, and not force.
+    std::fs::write(&password, "pw").unwrap();
+    let login = login.replace("bot", "alice");
+    let _daemon = worker(&db, "v", &buildbot.config_at(&buildbot.url(), &login)).await;
+    queue(&db, "ok", "{}").await;
+    waits_because(&db, "master `main` does not allow it to user `alice`").await;
+}
+
+/// In front of the master, with a certificate for `localhost`; its port, and the certificate.
+async fn tls(buildbot: &Buildbot) -> (u16, TempDir, String) {
+    let (acceptor, pem) = smtp::certificate("localhost");
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let (port, master) = (listener.local_addr().unwrap().port(), buildbot.port);
+    tokio::spawn(async move {
+        let acceptor = Arc::new(acceptor);
+        while let Ok((client, _)) = listener.accept().await {
+            let acceptor = Arc::clone(&acceptor);
+            tokio::spawn(async move {
+                let Ok(mut client) = acceptor.accept(client).await else { return };
+                let mut server = tokio::net::TcpStream::connect(("127.0.0.1", master)).await.unwrap();
+                let _ended = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let folder = temp_dir();
+    let file = folder.path().join("ca.pem");
+    std::fs::write(&file, pem).unwrap();
+    let file = file.display().to_string();
+    (port, folder, file)
+}
+
+#[tokio::test]
+async fn a_master_behind_tls_is_trusted_by_its_authority_alone() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let (port, _folder, ca) = tls(buildbot).await;
+    let url = format!("https://localhost:{port}/");
+    let mut daemon = worker(&db, "w", &buildbot.config_at(&url, "")).await;
+    let id = db.enqueue("ok").await;
+    waits_because(&db, "master `main` cannot be reached: invalid peer certificate").await;
+    assert_eq!(daemon.stop().await, Some(0));
+    let _daemon = worker(&db, "v", &buildbot.config_at(&url, &format!("ca_file = \"{ca}\""))).await;
+    assert_eq!(db.finished(id).await, "passed");
+}
+
+#[tokio::test]
+async fn every_connection_to_the_kick_port_is_a_wake() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let listen = format!("127.0.0.1:{port}");
+    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_KICK_LISTEN", &listen)]).await;
+    // As a replicated row comes: no trigger runs, and the transaction that it names is another server's.
+    let row = |id: i64| {
+        format!(
+            "SET session_replication_role = replica; INSERT INTO builds (id, builder, state, queued_at, submitted_by) VALUES ({id}, 'b', 'queued', now(), 'x'); INSERT INTO build_queue (build_id, builder, queued_xid) VALUES ({id}, 'b', '3')"
+        )
+    };
+    db.execute(&row(1)).await;
+    assert_eq!(db.one::<String>("SELECT state::text FROM builds WHERE id = 1").await, "queued");
+    drop(tokio::net::TcpStream::connect(&listen).await.unwrap());
+    assert_eq!(db.finished(1).await, "passed");
+    // A flood, and then another row.
+    for _ in 0..2000 {
+        drop(tokio::net::TcpStream::connect(&listen).await.unwrap());
+    }
+    db.execute(&row(2)).await;
+    drop(tokio::net::TcpStream::connect(&listen).await.unwrap());
+    assert_eq!(db.finished(2).await, "passed");
+    wait_for("the port to be closed at once", || async {
+        use tokio::io::AsyncReadExt;
+        let mut stream = tokio::net::TcpStream::connect(&listen).await.unwrap();
+        stream.read(&mut [0; 1]).await.is_ok_and(|n| n == 0)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
+    let Some(buildbot) = Buildbot::start(&[("BB_AUTH", "read")]).await else { return };
+    let db = Db::new().await;
+    db.execute(
+        "INSERT INTO builders (name, executor, settings) VALUES
+         ('here', 'buildbot', '{\"master\": \"main\"}'), ('there', 'buildbot', '{\"master\": \"other\"}'), ('unsaid', 'buildbot', '{}')",
+    )
+    .await;
+    let folder = temp_dir();
+    let state = folder.path().display().to_string();
+    let (good, bad) = (folder.path().join("good"), folder.path().join("bad"));
+    std::fs::write(&good, "s3cret\n").unwrap();
+    std::fs::write(&bad, "wrong\n").unwrap();
+    let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
+    let login = |file: &Path| format!("user = \"bot\"\npassword_file = \"{}\"", file.display());
+    let url = buildbot.url();
+    let check = async |config: &str| {
+        let env = [
+            ("BUILDREACTOR_CONFIG", config),
+            ("BUILDREACTOR_WORKER_STATE_DIR", state.as_str()),
+            ("BUILDREACTOR_WORKER_MIN_FREE_DISK", "0"),
+            ("BUILDREACTOR_KICK_LISTEN", "127.0.0.1:7999"),
+        ];
+        let (code, lines) = command(&["check", "--database", &db.url()], &env).await;
+        let about = |line: &String| line.contains(" buildbot: ") || line.contains(" kick: ");
+        (code, lines.into_iter().filter(about).collect::<Vec<_>>())
+    };
+
+    let (code, lines) = check(&buildbot.config_at(&url, &login(&good))).await;
+    let expected = [
+        "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`".to_owned(),
+        format!("ok       buildbot: master `main` at {url} is Buildbot 4.3.0; logged in as `bot`"),
+        "ok       kick: every connection to 127.0.0.1:7999 is a wake".to_owned(),
+    ];
+    assert_eq!((code, lines), (Some(0), expected.to_vec()));
+
+    let others = format!(
+        "{}\n[buildbot.open]\nurl = \"{url}\"\n[buildbot.off]\nurl = \"http://{closed}\"\n\
+         [buildbot.untrusted]\nurl = \"https://localhost\"\nca_file = \"/nonexistent/ca.pem\"\n\
+         [buildbot.far]\nurl = \"http://192.0.2.1:8010\"\n{}",
+        login(&bad),
+        login(&good),
+    );
+    let (code, lines) = check(&buildbot.config_at(&url, &others)).await;
+    assert_eq!(code, Some(1), "{lines:#?}");
+    for expected in [
+        "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`",
+        "note     buildbot: there is more than one master here, and the settings of `unsaid` name none",
+        "PROBLEM  buildbot: master `main` refuses user `bot`: wrong user or password",
+        &format!("ok       buildbot: master `open` at {url} is Buildbot 4.3.0; nobody is logged in"),
+        &format!(
+            "PROBLEM  buildbot: master `off` cannot be reached: Connection refused (os error 111): is [buildbot.off] url = \"http://{closed}\" its web interface, and does it run?"
+        ),
+        "PROBLEM  buildbot: [buildbot.untrusted] ca_file: cannot use `/nonexistent/ca.pem`: ",
+        "PROBLEM  buildbot: master `far` ",
+        "note     buildbot: others on the network can read the password for master `far`: ",
+    ] {
+        assert!(lines.iter().any(|line| line.starts_with(expected)), "no {expected} in {lines:#?}");
+    }
+}
