@@ -1,4 +1,4 @@
-//! One way to print an error with its causes.
+//! One way to print an error with its causes, and one to say it once.
 
 use std::error::Error;
 use std::fmt;
@@ -22,5 +22,23 @@ impl fmt::Display for Chain<'_> {
             cause = error.source();
         }
         Ok(())
+    }
+}
+
+/// A trouble of something that is tried again and again: said once, until it has worked in between.
+#[derive(Debug, Default)]
+pub struct Trouble {
+    known: bool,
+}
+
+impl Trouble {
+    /// It has failed. True: for the first time since it last worked.
+    pub fn is_new(&mut self) -> bool {
+        !std::mem::replace(&mut self.known, true)
+    }
+
+    /// It has worked.
+    pub fn is_over(&mut self) {
+        self.known = false;
     }
 }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::database::mail::{Claimed, Reach};
 use crate::database::{Database, DatabaseError};
 use crate::mail::{Failure, Letter, Mailer, clean_line};
-use crate::report::Chain;
+use crate::report::{Chain, Trouble};
 
 /// Between two looks: results that another daemon recorded, which rings no bell here.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -43,21 +43,18 @@ impl Postman {
     /// Goes round until it is told to stop. A mail that it is dropped over is sent again, by whoever comes first after a while.
     pub async fn run(mut self) {
         tracing::info!("mail goes to {}", self.mailer.describe());
-        let (mut in_trouble, mut pause) = (false, None);
+        let (mut trouble, mut pause) = (Trouble::default(), None);
         while !self.stopping.is_cancelled() {
             let wait = match self.round(&mut pause).await {
                 Ok(wait) => {
-                    in_trouble = false;
+                    trouble.is_over();
                     wait
                 }
                 Err(error) => {
                     let what = format!("cannot look after the mail: {}", Chain(&error));
-                    if in_trouble {
-                        tracing::debug!("{what}");
-                    } else {
+                    if trouble.is_new() {
                         tracing::warn!("{what}; trying again until it works");
                     }
-                    in_trouble = true;
                     AFTER_TROUBLE
                 }
             };
@@ -140,9 +137,9 @@ impl Postman {
     /// The server has it: said to the database until that has heard, or it would be sent again.
     async fn sent(&self, claimed: &Claimed, ids: &[i64], letter: &Letter) {
         tracing::debug!(builds = claimed.rows.len(), "mail {} was sent", letter.id);
-        let mut in_trouble = false;
+        let mut trouble = Trouble::default();
         while let Err(error) = self.database.mail_sent(ids).await {
-            if !std::mem::replace(&mut in_trouble, true) {
+            if trouble.is_new() {
                 tracing::warn!("{}; saying it until it works", Chain(&error));
             }
             tokio::time::sleep(Duration::from_secs(1)).await;

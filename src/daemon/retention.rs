@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::config::Retention;
 use crate::database::retention::Pruning;
 use crate::database::{Database, DatabaseError};
-use crate::report::Chain;
+use crate::report::{Chain, Trouble};
 
 /// Between two rounds; less where something is kept for less.
 const PERIOD: Duration = Duration::from_secs(3600);
@@ -28,21 +28,18 @@ pub async fn run(database: Database, keep: Retention) {
         return;
     }
     let period = keep.builds.into_iter().chain(keep.logs).fold(PERIOD, Duration::min).max(SHORTEST_PERIOD);
-    let mut in_trouble = false;
+    let mut trouble = Trouble::default();
     loop {
         let wait = match round(&database, &keep).await {
             Ok(()) => {
-                in_trouble = false;
+                trouble.is_over();
                 period
             }
             Err(error) => {
                 let what = format!("cannot delete all that [retention] no longer keeps: {}", Chain(&error));
-                if in_trouble {
-                    tracing::debug!("{what}");
-                } else {
+                if trouble.is_new() {
                     tracing::warn!("{what}; trying again until it works");
                 }
-                in_trouble = true;
                 AFTER_TROUBLE
             }
         };

@@ -14,6 +14,7 @@ use self::pieces::Pieces;
 use crate::database::Database;
 use crate::database::queries::Durable;
 use crate::model::AttemptId;
+use crate::report::Trouble;
 
 /// How often new output is looked for: with the write itself well within the second that people are promised.
 const PERIOD: Duration = Duration::from_millis(300);
@@ -53,7 +54,7 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
     let rest = format!("{}/log on worker {}", source.dir.display(), source.worker);
     // Known with the first look that succeeds.
     let mut pieces = (!source.resume).then(|| Pieces::new(source.limit, rest.clone()));
-    let mut warned = false;
+    let mut trouble = Trouble::default();
     let mut deadline = None;
     loop {
         if deadline.is_none() {
@@ -70,12 +71,11 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
         };
         match result {
             Ok(()) if last => return Shipped::Whole,
-            Ok(()) => warned = false,
+            Ok(()) => trouble.is_over(),
             Err(error) => {
-                if !warned {
+                if trouble.is_new() {
                     tracing::warn!(build.id = %source.id.build, build.attempt = source.id.attempt,
                         "cannot write the log of build {} to the database; its file on this worker has it all: {error}", source.id);
-                    warned = true;
                 }
                 if deadline.is_some_and(|at| Instant::now() >= at) {
                     return Shipped::InPart;

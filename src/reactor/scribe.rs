@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::database::Database;
 use crate::model::{AttemptId, Seen};
-use crate::report::Chain;
+use crate::report::{Chain, Trouble};
 
 /// After the database failed.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// # Cancel safety
 /// Safe: each write is a statement of its own, and holds everything that is known.
 pub async fn write(database: Database, id: AttemptId, mut news: watch::Receiver<Seen>) {
-    let mut warned = false;
+    let mut trouble = Trouble::default();
     while news.changed().await.is_ok() {
         let mut deadline = None;
         loop {
@@ -36,10 +36,9 @@ pub async fn write(database: Database, id: AttemptId, mut news: watch::Receiver<
             match written {
                 Ok(()) => break,
                 Err(error) => {
-                    if !warned {
+                    if trouble.is_new() {
                         tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
                             "cannot write the steps of build {id} yet: {}", Chain(&error));
-                        warned = true;
                     }
                     if deadline.is_some_and(|at| Instant::now() >= at) {
                         return;

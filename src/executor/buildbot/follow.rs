@@ -13,6 +13,7 @@ use super::rows::{BuildRow, Builds, RequestRow};
 use crate::clock::boottime;
 use crate::executor::{Tether, human};
 use crate::model::{Ended, Job, Outcome, clean_line};
+use crate::report::Trouble;
 
 /// Between two looks at a request, while its first half minute lasts and later. Its end is told by an event; workers send output every 5 s.
 const LOOK: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(5));
@@ -70,7 +71,7 @@ pub(super) struct Following<'a> {
     pub doubt: bool,
     /// When something new was last heard of the build; `None`: it is not being built.
     heard: Option<Instant>,
-    complained: bool,
+    trouble: Trouble,
 }
 
 /// That a request is to be ended early.
@@ -99,8 +100,8 @@ impl<'a> Following<'a> {
         output: Output,
     ) -> Following<'a> {
         let deadline = Instant::now() + job.timeout.saturating_sub(job.age);
-        let (doubt, heard, complained) = (false, None, false);
-        Following { farm, job, builder, scheduler, tether, output, deadline, doubt, heard, complained }
+        let (doubt, heard, trouble) = (false, None, Trouble::default());
+        Following { farm, job, builder, scheduler, tether, output, deadline, doubt, heard, trouble }
     }
 
     pub fn order(&self) -> Option<Order> {
@@ -129,8 +130,7 @@ impl<'a> Following<'a> {
 
     /// Says once an outage what is wrong.
     pub fn complain(&mut self, error: &MasterError) {
-        if !self.complained {
-            self.complained = true;
+        if self.trouble.is_new() {
             let id = self.job.id;
             tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "build {id} waits for its master: {error}");
         }
@@ -154,7 +154,7 @@ impl<'a> Following<'a> {
             match self.look(request, ending.as_ref().filter(|ending| ending.heard.is_some())).await {
                 Ok(Some(ended)) => return ended,
                 Ok(None) => {
-                    self.complained = false;
+                    self.trouble.is_over();
                     if let Some(ending) = &mut ending
                         && ending.tried.is_none_or(|at| at.elapsed() >= END_AGAIN)
                     {
@@ -244,7 +244,7 @@ impl<'a> Following<'a> {
         if !row.complete {
             return Ok(None);
         }
-        let Some(builds) = self.rest(request).await? else { return Ok(Some(let_go())) };
+        let Some(builds) = self.rest(request, builds).await else { return Ok(Some(let_go())) };
         self.show(request, &builds);
         if self.doubt {
             self.end_others(request).await;
@@ -257,27 +257,27 @@ impl<'a> Following<'a> {
         Ok(builds.builds)
     }
 
-    /// The builds of a request that is complete, with their logs copied, as far as that can be done in time. `None`: the claim was lost
-    /// meanwhile.
-    async fn rest(&mut self, request: u64) -> Result<Option<Vec<BuildRow>>, MasterError> {
+    /// The builds of a request that is complete, with their logs copied, as far as that can be done in time; `seen` is what was known of
+    /// them before. `None`: the claim was lost meanwhile.
+    async fn rest(&mut self, request: u64, mut seen: Vec<BuildRow>) -> Option<Vec<BuildRow>> {
         let until = Instant::now() + LAST_LOGS;
         loop {
             // Again: one may have begun and ended between the two looks.
-            let builds = self.builds(request).await?;
-            let copied = tokio::time::timeout_at(until, self.output.copy(&self.farm.master, &builds)).await;
-            let copied = copied.unwrap_or(Ok(false));
-            if let Err(error) = &copied {
-                self.complain(error);
-            }
-            if copied.is_ok_and(|all| all) {
-                return Ok(Some(builds));
+            let copied = async {
+                seen = self.builds(request).await?;
+                self.output.copy(&self.farm.master, &seen).await
+            };
+            match tokio::time::timeout_at(until, copied).await {
+                Ok(Ok(true)) => return Some(seen),
+                Ok(Ok(false)) | Err(_) => {}
+                Ok(Err(error)) => self.complain(&error),
             }
             if self.order() == Some(Order::LetGo) {
-                return Ok(None);
+                return None;
             }
             if Instant::now() >= until {
                 self.output.say("[the rest of the log is on the master]\n");
-                return Ok(Some(builds));
+                return Some(seen);
             }
             if !self.output.has_more() {
                 tokio::time::sleep(AGAIN).await;

@@ -71,12 +71,17 @@ struct Refusal {
 /// `builders.settings`, with what was left out of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Target {
-    #[serde(default)]
+    /// `None`: the only one.
     master: Option<String>,
+    #[serde(default = "usual_scheduler")]
+    scheduler: String,
+    /// Its name there.
     #[serde(default)]
-    scheduler: Option<String>,
-    #[serde(default)]
-    builder: Option<String>,
+    builder: String,
+}
+
+fn usual_scheduler() -> String {
+    "force".to_owned()
 }
 
 impl BuildbotExecutor {
@@ -118,11 +123,10 @@ impl BuildbotExecutor {
         {
             return Err(refusal.why.clone());
         }
-        let target = Target::of(&builder.settings, &builder.name);
+        let target = Target::of(&builder.settings, &builder.name)?;
         let farm = self.farm(&target)?;
         let most = usize::try_from(builder.max_running).unwrap_or(1);
-        let (name, scheduler) = (target.builder(), target.scheduler());
-        let idle = farm.idle(&name, &scheduler, most, candidates);
+        let idle = farm.idle(&target.builder, &target.scheduler, most, candidates);
         // A slot of the worker waits for it.
         let Ok(idle) = tokio::time::timeout(READY, idle).await else {
             return Err(format!("master `{}` does not answer within {} s", farm.master.name, READY.as_secs()));
@@ -134,18 +138,20 @@ impl BuildbotExecutor {
         // Whatever becomes of this daemon, what it asked for can be found.
         tether.begun.store(true, Ordering::Release);
         let known = if begin == Begin::Adopt { read_target(&job.dir) } else { None };
-        let target = known.unwrap_or_else(|| Target::of(&job.settings, &job.builder));
-        let farm = match self.farm(&target) {
-            Ok(farm) => farm,
+        let target = known.map_or_else(|| Target::of(&job.settings, &job.builder), Ok);
+        let found = target.and_then(|target| Ok((self.farm(&target)?, target)));
+        let (farm, mut target) = match found {
+            Ok(found) => found,
             Err(why) => return Ended::without_process(Outcome::Lost, why),
         };
+        // Another may be added while it runs.
+        target.master.get_or_insert_with(|| farm.master.name.clone());
         if let Err(error) = prepare(&job.dir, &target) {
             let detail = format!("cannot prepare `{}`: {error}", job.dir.display());
             return Ended::without_process(Outcome::Error, detail);
         }
         let output = Output::new(OutputWriter::create(&job.dir, self.file_limit));
-        let (builder, scheduler) = (target.builder(), target.scheduler());
-        let mut following = Following::new(farm, job, (&builder, &scheduler), tether, output);
+        let mut following = Following::new(farm, job, (&target.builder, &target.scheduler), tether, output);
         let giving_back = following.tether.giving_back.clone();
         let last_try = async {
             giving_back.cancelled().await;
@@ -202,20 +208,17 @@ impl Executor for BuildbotExecutor {
 }
 
 impl Target {
-    /// Of a builder; its settings were checked when they were written.
-    fn of(settings: &str, builder: &str) -> Target {
-        let mut target =
-            serde_json::from_str(settings).unwrap_or(Target { master: None, scheduler: None, builder: None });
-        target.builder.get_or_insert_with(|| builder.to_owned());
-        target
-    }
-
-    fn builder(&self) -> String {
-        self.builder.clone().unwrap_or_default()
-    }
-
-    fn scheduler(&self) -> String {
-        self.scheduler.clone().unwrap_or_else(|| "force".to_owned())
+    /// Of a builder.
+    ///
+    /// # Errors
+    /// Its settings are not what the table allows; for people.
+    fn of(settings: &str, builder: &str) -> Result<Target, String> {
+        let mut target: Target = serde_json::from_str(settings)
+            .map_err(|error| format!("the settings of builder `{builder}` cannot be read: {error}"))?;
+        if target.builder.is_empty() {
+            builder.clone_into(&mut target.builder);
+        }
+        Ok(target)
     }
 }
 

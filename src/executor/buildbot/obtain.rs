@@ -207,7 +207,7 @@ impl Following<'_> {
                     }
                 }
             }
-            tokio::time::sleep(AGAIN).await;
+            self.pause(AGAIN).await;
         }
     }
 
