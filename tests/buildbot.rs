@@ -4,11 +4,11 @@ mod access;
 mod faults;
 mod results;
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use crate::support::buildbot::{Buildbot, kept};
 use crate::support::proxy::Proxy;
-use crate::support::{Daemon, Db};
+use crate::support::{Daemon, Db, TempDir, temp_dir};
 
 /// What only polls must not decide.
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
@@ -35,8 +35,32 @@ async fn queue(db: &Db, builder: &str, properties: &str) -> i64 {
     db.one(&sql).await
 }
 
-fn gate(file: &Path) -> String {
-    format!("{{\"gate\": \"{}\"}}", file.display())
+/// What builds of `wait` wait for.
+struct Gate(TempDir);
+
+impl Gate {
+    fn shut() -> Gate {
+        Gate(temp_dir())
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("gate")
+    }
+
+    fn properties(&self) -> String {
+        format!("{{\"gate\": \"{}\"}}", self.file().display())
+    }
+
+    fn open(&self) {
+        std::fs::write(self.file(), "").unwrap();
+    }
+
+    /// A build that waits for it, on Buildbot.
+    async fn started(&self, db: &Db, builder: &str) -> i64 {
+        let id = queue(db, builder, &self.properties()).await;
+        waiting(db, id).await;
+        id
+    }
 }
 
 async fn waits_because(db: &Db, text: &str) {

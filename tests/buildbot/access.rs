@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{HOUR, builder, command, gate, queue, request_of, shared, waiting, waits_because, worker};
+use super::{Gate, HOUR, builder, command, queue, request_of, shared, waiting, waits_because, worker};
 use crate::support::buildbot::Buildbot;
 use crate::support::{Daemon, Db, TempDir, smtp, temp_dir, wait_for};
 
@@ -76,13 +76,12 @@ async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
     assert_eq!(db.finished(id).await, "passed");
 
     // Somebody else's.
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
+    let gate = Gate::shut();
     builder(&db, "wait").await;
-    buildbot.force("wait", &[("gate", file.to_str().unwrap())]).await;
-    let id = queue(&db, "wait", &gate(&file)).await;
+    buildbot.force("wait", &[("gate", gate.file().to_str().unwrap())]).await;
+    let id = queue(&db, "wait", &gate.properties()).await;
     waits_because(&db, "builder `wait` on master `main` is busy (1 waiting or running there, 1 allowed)").await;
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(id).await, "passed");
 
     for number in [1, 2] {
@@ -103,14 +102,12 @@ async fn a_request_that_waits_on_the_master_is_cancelled_there() {
     let Some(buildbot) = Buildbot::start(&[]).await else { return };
     let db = Db::new().await;
     let _daemon = worker(&db, "w", &buildbot.config()).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
+    let gate = Gate::shut();
     builder(&db, "wait-on-w1").await;
     db.execute("UPDATE builders SET max_running = 3").await;
     // One builder builds one thing at a time on a worker: the second waits.
-    let first = queue(&db, "wait-on-w1", &gate(&file)).await;
-    waiting(&db, first).await;
-    let second = queue(&db, "wait-on-w1", &gate(&file)).await;
+    let first = gate.started(&db, "wait-on-w1").await;
+    let second = queue(&db, "wait-on-w1", &gate.properties()).await;
     db.wait(&format!("SELECT external_url LIKE '%/#/buildrequests/%' FROM build_attempts WHERE build_id = {second}"))
         .await;
     db.execute(&format!("SELECT cancel_build({second}, 'changed my mind')")).await;
@@ -119,7 +116,7 @@ async fn a_request_that_waits_on_the_master_is_cancelled_there() {
     assert_eq!((&asked[0]["complete"], &asked[0]["results"]), (&true.into(), &6.into()));
     let builds = buildbot.rows(&format!("builds?buildrequestid={}", asked[0]["buildrequestid"])).await;
     assert!(builds.is_empty(), "{builds:?}");
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(first).await, "passed");
 }
 
@@ -287,4 +284,22 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
     ] {
         assert!(lines.iter().any(|line| line.starts_with(expected)), "no {expected} in {lines:#?}");
     }
+}
+
+#[tokio::test]
+async fn without_a_master_its_builds_wait_with_a_reason_and_nothing_else_does() {
+    let db = Db::new().await;
+    builder(&db, "far").await;
+    db.builder("near", "true").await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "1")]).await;
+    db.execute("INSERT INTO build_queue (builder, priority) VALUES ('far', 9), ('far', 9)").await;
+    waits_because(&db, "no worker that may take it has a section [buildbot.NAME]").await;
+    for _ in 0..20 {
+        let id = db.enqueue("near").await;
+        assert_eq!(db.finished(id).await, "passed");
+    }
+    assert_eq!(
+        db.one::<i64>("SELECT count(*) FROM builds WHERE builder = 'far' AND state = 'queued' AND attempt = 0").await,
+        2
+    );
 }

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
+use buildreactor::embedded::{Options, Server};
 use nix::sys::signal::Signal;
 
-use super::{HOUR, builder, gate, proxy, queue, request_of, shared, through, waiting, waits_because, worker};
+use super::{Gate, HOUR, builder, proxy, queue, request_of, shared, through, waiting, waits_because, worker};
 use crate::support::buildbot::Buildbot;
-use crate::support::proxy::{Break, Mood, When};
-use crate::support::{Daemon, Db, temp_dir, wait_for};
+use crate::support::proxy::{Break, Mood, Proxy, When};
+use crate::support::{Daemon, Db, wait_for};
 
 #[tokio::test]
 async fn a_build_outlives_its_worker_and_a_crash_of_the_master_in_one_attempt() {
@@ -15,10 +16,8 @@ async fn a_build_outlives_its_worker_and_a_crash_of_the_master_in_one_attempt() 
     let db = Db::new().await;
     builder(&db, "wait").await;
     let mut daemon = worker(&db, "w", &buildbot.config()).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     let on: String = db.one(&format!("SELECT external_worker FROM build_attempts WHERE build_id = {id}")).await;
     buildbot.kill_worker(if on == "w1" { 1 } else { 2 });
     // Repeated on the other.
@@ -29,7 +28,7 @@ async fn a_build_outlives_its_worker_and_a_crash_of_the_master_in_one_attempt() 
     daemon.says("waits for its master: master `main` cannot be reached").await;
     buildbot.start_master().await;
     db.wait(&format!("SELECT count(*) = 6 FROM build_steps WHERE build_id = {id}")).await;
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(id).await, "passed");
     assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 1);
     assert_eq!(request_of(&db, &buildbot, id).await.len(), 1);
@@ -41,12 +40,10 @@ async fn what_a_master_interrupts_as_it_is_shut_down_is_tried_again() {
     let db = Db::new().await;
     builder(&db, "wait").await;
     let _daemon = worker(&db, "w", &buildbot.config()).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     buildbot.stop_master();
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     buildbot.start_master().await;
     assert_eq!(db.finished(id).await, "passed");
     let attempts: Vec<String> =
@@ -62,17 +59,15 @@ async fn a_daemon_that_comes_back_goes_on_with_the_request() {
     builder(&db, "wait").await;
     db.execute("UPDATE builders SET max_running = 10").await;
     let mut daemon = worker(&db, "w", &buildbot.config()).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     daemon.kill();
     daemon.spawn_again();
     daemon.says("is taken over from this worker's last daemon").await;
     assert_eq!(daemon.stop().await, Some(0));
     daemon.spawn_again();
     daemon.says("is taken over from this worker's last daemon").await;
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(id).await, "passed");
     let log: String = db.one(&format!("SELECT build_log_text({id})")).await;
     assert_eq!(log.matches("waiting\n").count(), 1, "{log}");
@@ -96,10 +91,8 @@ async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
         ("BUILDREACTOR_LEASE_GRACE", "13s"),
     ];
     let mut first = Daemon::start(&db, "first", &lease).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     // Stopped, not dead: it comes back, and must leave alone what is no longer its own.
     first.signal(Signal::SIGSTOP);
     let _second = Daemon::start(&db, "second", &lease).await;
@@ -107,7 +100,7 @@ async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
     first.signal(Signal::SIGCONT);
     first.says("is already recorded, or no longer ours").await;
     waiting(&db, id).await;
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(id).await, "passed");
     let attempts: Vec<String> =
         db.all("SELECT concat_ws(' ', attempt, state, worker) FROM build_attempts ORDER BY 1").await;
@@ -124,15 +117,14 @@ async fn what_became_of_a_request_while_no_daemon_ran_is_recorded_however_late()
     builder(&db, "wait").await;
     db.execute("UPDATE builders SET max_running = 10, timeout = '15 s'").await;
     let mut daemon = worker(&db, "w", &buildbot.config()).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let passes = queue(&db, "wait", &gate(&file)).await;
+    let gate = Gate::shut();
+    let passes = queue(&db, "wait", &gate.properties()).await;
     let stopped = queue(&db, "wait", r#"{"gate": "/nonexistent/never"}"#).await;
     for id in [passes, stopped] {
         waiting(&db, id).await;
     }
     daemon.kill();
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     let request = request_of(&db, buildbot, stopped).await[0]["buildrequestid"].clone();
     buildbot.call(&format!("buildrequests/{request}"), "cancel", serde_json::json!({"reason": "by hand"})).await;
     for id in [passes, stopped] {
@@ -158,10 +150,8 @@ async fn a_master_that_hangs_keeps_neither_scripts_waiting_nor_a_daemon_from_lea
     let config = buildbot.config();
     let slots = [HOUR, ("BUILDREACTOR_WORKER_SLOTS", "3"), ("BUILDREACTOR_CONFIG", config.as_str())];
     let mut daemon = Daemon::start(&db, "w", &slots).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     buildbot.signal_master(Signal::SIGSTOP);
     db.execute("INSERT INTO build_queue (builder, priority) VALUES ('ok', 9), ('fail', 9), ('warn', 9), ('talk', 9)")
         .await;
@@ -174,7 +164,7 @@ async fn a_master_that_hangs_keeps_neither_scripts_waiting_nor_a_daemon_from_lea
     assert_eq!(daemon.exited().await, Some(0));
     assert_eq!(db.one::<String>(&format!("SELECT state::text FROM builds WHERE id = {id}")).await, "queued");
     buildbot.signal_master(Signal::SIGCONT);
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     daemon.spawn_again();
     assert_eq!(db.finished(id).await, "passed");
     db.wait("SELECT count(*) = 0 FROM build_queue").await;
@@ -276,9 +266,8 @@ async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     let config = buildbot.config_at(&format!("http://127.0.0.1:{}", proxy.port()), "");
     let mut first = Daemon::start(&db, "first", &[&lease[..], &[("BUILDREACTOR_CONFIG", &config)]].concat()).await;
     proxy.set(Mood { stall_force: Some(When::BeforeTheServer), ..Mood::default() });
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "take", &gate(&file)).await;
+    let gate = Gate::shut();
+    let id = queue(&db, "take", &gate.properties()).await;
     proxy.has_stalled().await;
     first.kill();
     let config = buildbot.config();
@@ -287,7 +276,7 @@ async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     // The network had kept it.
     proxy.set(Mood::default());
     wait_for("the late call to arrive", || async { request_of(&db, buildbot, id).await.len() == 2 }).await;
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(id).await, "passed");
     let complete = || async { request_of(&db, buildbot, id).await.iter().all(|row| row["complete"] == true) };
     wait_for("the late one to end", complete).await;
@@ -324,4 +313,58 @@ async fn fifty_builds_are_one_request_each_whatever_becomes_of_the_master_in_bet
     builds.sort_by_key(|build| build.parse::<i64>().unwrap());
     let once: Vec<String> = (1..=50).map(|n| n.to_string()).collect();
     assert_eq!(builds, once);
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_held_up_between_claim_and_question_does_not_ask() {
+    let Some(buildbot) = shared().await else { return };
+    let server = tokio::task::spawn_blocking(|| {
+        let settings = [("fsync".to_owned(), "off".to_owned())].to_vec();
+        Server::start(Options { tcp_port: Some(0), settings, ..Options::default() }).unwrap()
+    })
+    .await
+    .unwrap();
+    let db = Db::on(&server).await;
+    builder(&db, "ok").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let network = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
+    let url = format!("postgresql://postgres@127.0.0.1:{}/postgres", network.port());
+    let config = buildbot.config();
+    let lease = [
+        HOUR,
+        ("BUILDREACTOR_CONFIG", config.as_str()),
+        ("BUILDREACTOR_LEASE_PING", "1s"),
+        ("BUILDREACTOR_LEASE_LEASE", "3s"),
+        ("BUILDREACTOR_LEASE_GRACE", "13s"),
+    ];
+    let mut daemon = Daemon::start_at(&url, "w", &lease).await;
+    network.set(Mood { stall_begin: true, ..Mood::default() });
+    let id = db.enqueue("ok").await;
+    network.has_stalled().await;
+    db.wait("SELECT clock_timestamp() > started_at + interval '4 s' FROM build_attempts").await;
+    network.set(Mood::default());
+    daemon.says("its claim was not confirmed within the lease").await;
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(db.one::<i32>("SELECT attempt FROM builds").await, 2);
+    // The first attempt's, had it asked, would have been gone on with.
+    let sets = buildbot.rows("buildsets?reason__contains=(br-&order=-bsid&limit=50").await;
+    let first: i64 = db.one("SELECT (extract(epoch FROM min(started_at)) * 1000000)::bigint FROM build_attempts").await;
+    let ours = |row: &&serde_json::Value| row["reason"].as_str().unwrap().contains(&format!("(br-{first:x}-"));
+    let reasons: Vec<String> = sets.iter().filter(ours).map(|row| row["reason"].to_string()).collect();
+    assert!(reasons.len() == 1 && reasons[0].contains(&format!("-{id}-2)")), "{reasons:?}");
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_waits_for_any_more_is_taken_all_the_same() {
+    let Some(buildbot) = Buildbot::start(&[]).await else { return };
+    let db = Db::new().await;
+    builder(&db, "ok").await;
+    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    buildbot.signal_master(Signal::SIGSTOP);
+    let id = db.enqueue("ok").await;
+    waits_because(&db, "master `main` does not answer within 3 s").await;
+    buildbot.signal_master(Signal::SIGCONT);
+    assert_eq!(db.finished(id).await, "passed");
+    let log = std::fs::read_to_string(buildbot.folder.path().join("master/twistd.log")).unwrap();
+    assert!(!log.contains("client disconnected"), "{log}");
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{HOUR, builder, command, gate, queue, request_of, shared, waiting, worker};
+use super::{Gate, HOUR, builder, command, queue, request_of, shared, worker};
 use crate::support::buildbot::Buildbot;
 use crate::support::{Daemon, Db, temp_dir, wait_for};
 
@@ -85,18 +85,22 @@ async fn properties_are_passed_through_and_logs_of_all_steps_come_while_they_run
     assert_eq!(request["properties"]["buildreactor_build"][0], id.to_string());
     assert_eq!(request["properties"]["buildreactor_attempt"][0], "1");
 
+    // As it was written.
+    let id = queue(&db, "talk", r#"{"message": 3.10}"#).await;
+    assert_eq!(db.finished(id).await, "passed");
+    let log: String = db.one(&format!("SELECT build_log_text({id})")).await;
+    assert!(log.contains("\nto 3.10 0 \n"), "{log}");
+
     // While it runs.
     builder(&db, "wait").await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     db.wait(&format!(
         "SELECT string_agg(state, ' ' ORDER BY position) = 'passed running' FROM build_steps WHERE build_id = {id}"
     ))
     .await;
     db.wait(&format!("SELECT external_url LIKE '%/#/builders/%' FROM build_attempts WHERE build_id = {id}")).await;
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     assert_eq!(db.finished(id).await, "passed");
 }
 
@@ -181,17 +185,15 @@ async fn what_the_master_merges_into_another_request_is_no_success() {
     db.execute("UPDATE builders SET max_running = 3, max_attempts = 1").await;
     let slots = [HOUR, ("BUILDREACTOR_WORKER_SLOTS", "3"), ("BUILDREACTOR_CONFIG", &buildbot.config())];
     let _daemon = Daemon::start(&db, "w", &slots).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let first = queue(&db, "wait-on-w1", &gate(&file)).await;
-    waiting(&db, first).await;
-    let second = queue(&db, "wait-on-w1", &gate(&file)).await;
+    let gate = Gate::shut();
+    let first = gate.started(&db, "wait-on-w1").await;
+    let second = queue(&db, "wait-on-w1", &gate.properties()).await;
     db.wait(&format!("SELECT external_url IS NOT NULL FROM build_attempts WHERE build_id = {second}")).await;
-    let third = queue(&db, "wait-on-w1", &gate(&file)).await;
+    let third = queue(&db, "wait-on-w1", &gate.properties()).await;
     assert_eq!(db.finished(second).await, "error");
     let detail: String = db.one(&format!("SELECT detail FROM builds WHERE id = {second}")).await;
     assert!(detail.contains("set c['collapseRequests'] = False in master.cfg"), "{detail}");
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     for id in [first, third] {
         assert_eq!(db.finished(id).await, "passed");
     }
@@ -258,10 +260,8 @@ async fn watch_and_running_builds_show_where_it_is_built_and_its_steps() {
     builder(&db, "fail").await;
     db.execute("UPDATE builders SET max_running = 10").await;
     let _daemon = worker(&db, "w", &buildbot.config()).await;
-    let folder = temp_dir();
-    let file = folder.path().join("gate");
-    let id = queue(&db, "wait", &gate(&file)).await;
-    waiting(&db, id).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
     db.wait("SELECT step = 'work' AND external_worker ~ '^w[12]$' FROM running_builds").await;
     let (url, on): (String, String) = {
         let row: String = db.one("SELECT external_url || ' ' || external_worker FROM running_builds").await;
@@ -278,7 +278,7 @@ async fn watch_and_running_builds_show_where_it_is_built_and_its_steps() {
         let (id, database) = (id.to_string(), db.url());
         tokio::spawn(async move { command(&["watch", &id, "--database", &database], &[]).await })
     };
-    std::fs::write(&file, "").unwrap();
+    gate.open();
     let (code, lines) = followed.await.unwrap();
     assert_eq!(code, Some(0));
     let [.., step, end] = &lines[..] else { panic!("{lines:#?}") };

@@ -19,6 +19,8 @@ pub struct Mood {
     pub trap: Option<When>,
     /// Closes each connection that begins an attempt, likewise.
     pub trap_begin: Option<When>,
+    /// Stalls with the answer to the next beginning of an attempt.
+    pub stall_begin: bool,
     /// Stalls with the next force call to a Buildbot master: before the server has it, or before the client has its answer.
     pub stall_force: Option<When>,
 }
@@ -84,7 +86,7 @@ impl Proxy {
         self.orders.send_modify(|orders| orders.mood = mood);
     }
 
-    /// Waits until a force call has made it stall.
+    /// Waits until a force call, or the beginning of an attempt, has made it stall.
     pub async fn has_stalled(&self) {
         let mut heard = self.orders.subscribe();
         heard.wait_for(|orders| orders.mood.stall_up || orders.mood.stall_down).await.unwrap();
@@ -173,6 +175,11 @@ async fn pump(
             begins = buffer[5..n].split(|byte| *byte == 0).next().map(<[u8]>::to_vec);
         } else if begins.is_some() && bound(&buffer[..n]) == begins.as_deref() {
             trap = heard.borrow().mood.trap_begin;
+            orders.send_if_modified(|orders| {
+                let stalls = std::mem::take(&mut orders.mood.stall_begin);
+                orders.mood.stall_down |= stalls;
+                stalls
+            });
         }
         if watched && has(&buffer[..n], "\"method\":\"force\"") {
             orders.send_modify(|orders| match orders.mood.stall_force.take() {
