@@ -141,7 +141,6 @@ impl Following<'_> {
                     request::parameters(self.job, self.builder, self.scheduler, &place, token).map_err(broken)?
                 }
             };
-            self.unless_ordered(self.order())?;
             let path = format!("forceschedulers/{}", super::idle::segment(self.scheduler));
             // As late as can be: whoever was stopped since the claim must not ask any more.
             let still = || self.order().is_none();
