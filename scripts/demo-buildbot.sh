@@ -20,7 +20,7 @@ for name in $(env | sed -n 's/^\(PG[A-Z]*\|BUILDREACTOR_[A-Z_]*\|DATABASE_URL\)=
     [ "$name" = BUILDREACTOR_PG_BIN ] || unset "$name"
 done
 
-dir=$(mktemp -d /tmp/buildreactor-demo.XXXXXX)
+dir=$(mktemp -d "${TMPDIR:-/tmp}/buildreactor-demo.XXXXXX")
 # As root the server runs as another user, who has to get there.
 chmod 755 "$dir"
 master='' worker='' daemon=''

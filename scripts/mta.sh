@@ -13,7 +13,7 @@ program=${BUILDREACTOR:-${CARGO_TARGET_DIR:-target}/debug/buildreactor}
 [ -x "$program" ] || { echo "$program is not there: cargo build, or BUILDREACTOR=/path/to/buildreactor" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || { echo "Exim wants to be root, to become the user that it runs as" >&2; exit 1; }
 
-dir=$(mktemp -d /tmp/buildreactor-mta.XXXXXX)
+dir=$(mktemp -d "${TMPDIR:-/tmp}/buildreactor-mta.XXXXXX")
 pid=
 # Not before it has ended, or it makes its folder for logs again.
 trap '[ -z "$pid" ] || { kill "$pid" && wait "$pid"; } 2>/dev/null || true; rm -rf "$dir"' EXIT

@@ -16,10 +16,9 @@ use crate::model::BuildId;
 /// The most of a value that is shown, in characters.
 const VALUE: usize = 2000;
 
-/// One build.
+/// Which build, and how it ended.
 #[derive(Debug, Clone, Serialize)]
-pub struct Single {
-    project: String,
+struct Verdict {
     builder: String,
     id: i64,
     attempt: i32,
@@ -29,6 +28,33 @@ pub struct Single {
     transition: Option<&'static str>,
     colour: &'static str,
     branch: Option<String>,
+    url: Option<String>,
+}
+
+impl Verdict {
+    fn new(settings: &Mail, row: &Outgoing, properties: Option<&BTreeMap<String, Value>>) -> Verdict {
+        let (headline, colour) = headline(&row.verdict);
+        Verdict {
+            builder: row.builder.clone(),
+            id: row.build.0,
+            attempt: row.attempt,
+            event: row.event.clone(),
+            verdict: row.verdict.clone(),
+            headline,
+            transition: transition(row),
+            colour,
+            branch: branch(row, properties),
+            url: url(settings, row.build),
+        }
+    }
+}
+
+/// One build.
+#[derive(Debug, Clone, Serialize)]
+pub struct Single {
+    project: String,
+    #[serde(flatten)]
+    build: Verdict,
     worker: Option<String>,
     detail: Option<String>,
     exit: Option<String>,
@@ -47,7 +73,6 @@ pub struct Single {
     facts: Vec<Fact>,
     log: Option<String>,
     dbname: String,
-    url: Option<String>,
     external_url: Option<String>,
     unsubscribe: Option<String>,
 }
@@ -73,17 +98,9 @@ pub struct Digest {
 /// One of them.
 #[derive(Debug, Clone, Serialize)]
 struct Line {
-    builder: String,
-    id: i64,
-    attempt: i32,
-    event: String,
-    verdict: String,
-    headline: &'static str,
-    transition: Option<&'static str>,
-    colour: &'static str,
-    branch: Option<String>,
+    #[serde(flatten)]
+    build: Verdict,
     at: String,
-    url: Option<String>,
 }
 
 /// How it ended, in capitals; as a class of the page.
@@ -146,7 +163,6 @@ fn shown(value: &Value) -> String {
 impl Single {
     /// Of `row`.
     pub fn new(settings: &Mail, row: &Outgoing, facts: Facts) -> Single {
-        let (word, colour) = headline(&row.verdict);
         let some =
             |text: Option<&String>, most| text.map(|text| clean_line(text, most)).filter(|text| !text.is_empty());
         let detail = some(facts.detail.as_ref(), VALUE);
@@ -201,15 +217,7 @@ impl Single {
         let log = last_lines(&facts.log, settings.log_lines as usize);
         Single {
             project: settings.project.clone(),
-            builder: row.builder.clone(),
-            id: row.build.0,
-            attempt: row.attempt,
-            event: row.event.clone(),
-            verdict: row.verdict.clone(),
-            headline: word,
-            transition: transition(row),
-            colour,
-            branch: branch(row, Some(&facts.properties)),
+            build: Verdict::new(settings, row, Some(&facts.properties)),
             worker: facts.worker,
             detail,
             exit,
@@ -228,7 +236,6 @@ impl Single {
             facts: lines,
             log: (!log.is_empty()).then_some(log),
             dbname: clean_line(&facts.dbname, 100),
-            url: url(settings, row.build),
             external_url: facts.external_url,
             unsubscribe: settings.unsubscribe.clone(),
         }
@@ -296,22 +303,7 @@ impl Single {
 impl Digest {
     /// Of `rows`, at least one.
     pub fn new(settings: &Mail, rows: &[Outgoing], dbname: &str) -> Digest {
-        let line = |row: &Outgoing| {
-            let (headline, colour) = headline(&row.verdict);
-            Line {
-                builder: row.builder.clone(),
-                id: row.build.0,
-                attempt: row.attempt,
-                event: row.event.clone(),
-                verdict: row.verdict.clone(),
-                headline,
-                transition: transition(row),
-                colour,
-                branch: branch(row, None),
-                at: at(row.created_at),
-                url: url(settings, row.build),
-            }
-        };
+        let line = |row: &Outgoing| Line { build: Verdict::new(settings, row, None), at: at(row.created_at) };
         Digest {
             project: settings.project.clone(),
             per_hour: settings.per_hour,
