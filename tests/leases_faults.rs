@@ -11,7 +11,6 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::process::{below, name_of};
 use crate::support::proxy::{Mood, Proxy, When};
 use crate::support::{Daemon, Db, TempDir, processes_of, temp_dir, wait_for, wait_for_within};
 
@@ -101,11 +100,6 @@ fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
 }
 
-fn guardians(daemon: &Daemon) -> Vec<i32> {
-    let keeper = daemon.keeper().expect("a keeper");
-    below(keeper).into_iter().filter(|pid| name_of(*pid) == "br-guardian").collect()
-}
-
 /// Processes that are stopped (SIGSTOP) until this is dropped: those who clean up after a failed test wait for them.
 struct Stopped(Vec<i32>);
 
@@ -156,7 +150,7 @@ async fn builds_of_a_killed_keeper_are_given_up_when_their_trees_are_gone_and_no
     let id = db.enqueue("b").await;
     build.beats_in(1).await;
     // A guardian that has no time to kill its tree.
-    let stopped = Stopped::these(guardians(&daemon));
+    let stopped = Stopped::these(daemon.guardians());
     signal(daemon.keeper().unwrap(), Signal::SIGKILL);
     // This one wants a new keeper, and gets none as long as the dead one's trees are there.
     let next = db.enqueue("next").await;
@@ -255,12 +249,12 @@ async fn a_result_that_the_full_disk_has_no_room_for_is_kept_by_the_keeper_for_t
     let settings = [HOUR, (STATE_DIR, dir.as_str()), ("BUILDREACTOR_WORKER_MIN_FREE_DISK", "0")];
     let mut daemon = Daemon::start(&db, "w", &settings).await;
     let id = db.enqueue("b").await;
-    wait_for("its guardian", || async { !guardians(&daemon).is_empty() }).await;
+    wait_for("its guardian", || async { !daemon.guardians().is_empty() }).await;
     db.wait("SELECT claim_held FROM running_builds").await;
     daemon.kill();
     disk.fill();
     std::fs::write(&gate, "").unwrap();
-    wait_for("the end of its guardian", || async { guardians(&daemon).is_empty() }).await;
+    wait_for("the end of its guardian", || async { daemon.guardians().is_empty() }).await;
     let keeper = daemon.keeper();
     assert!(!disk.path().join(format!("w/attempts/{id}.1/status.json")).exists(), "there was no room");
     daemon.spawn_again();
@@ -285,7 +279,7 @@ async fn a_worker_that_comes_back_with_fewer_slots_holds_all_that_it_was_running
     db.execute(&format!("INSERT INTO build_queue (builder) SELECT 'b' FROM generate_series(1, {BUILDS})")).await;
     let all_held = format!("SELECT count(*) = {BUILDS} FROM running_builds WHERE claim_held");
     db.wait(&all_held).await;
-    wait_for("all to run", || async { guardians(&daemon).len() == 5 }).await;
+    wait_for("all to run", || async { daemon.guardians().len() == 5 }).await;
     daemon.kill();
     let next = db.enqueue("next").await;
     daemon.set("BUILDREACTOR_WORKER_SLOTS", "1");
@@ -549,7 +543,7 @@ async fn a_stopped_guardian_is_killed_with_its_tree_when_the_lease_is_over() {
     for namespace in ["true", "false"] {
         let db = Db::new().await;
         let mut pair = Pair::start(&db, namespace).await;
-        let stopped = Stopped::these(guardians(&pair.first));
+        let stopped = Stopped::these(pair.first.guardians());
         // It goes on as long as its daemon confirms the claim, and no longer.
         pair.build.beats_at(uptime() + 8.0).await;
         pair.first.kill();
@@ -571,7 +565,7 @@ async fn a_stopped_guardian_keeps_its_time_limit_when_it_goes_on() {
     let daemon = Daemon::start(&db, "w", &[HOUR]).await;
     let id = db.enqueue("b").await;
     build.beats_in(1).await;
-    let stopped = Stopped::these(guardians(&daemon));
+    let stopped = Stopped::these(daemon.guardians());
     build.beats_at(uptime() + 8.0).await;
     assert_eq!(attempts(&db, id).await, ["1|w|running"]);
     drop(stopped);

@@ -174,13 +174,12 @@ async fn builds_beside_one_whose_guardian_is_killed_lose_no_process() {
     db.execute("UPDATE builders SET max_attempts = 1").await;
     let daemon = Daemon::start(&db, "w", &[HOUR]).await;
     let bystander = db.enqueue("busy").await;
-    db.wait("SELECT claim_held FROM running_builds").await;
-    let guardians = || below(daemon.pid()).into_iter().filter(|pid| name_of(*pid) == "br-guardian").collect::<Vec<_>>();
-    let spared = guardians();
+    wait_for("the bystander's guardian", || async { daemon.guardians().len() == 1 }).await;
+    let spared = daemon.guardians();
     for _ in 0..20 {
         let id = db.enqueue("victim").await;
-        wait_for("its guardian", || async { guardians().len() == 2 }).await;
-        for pid in guardians().into_iter().filter(|pid| !spared.contains(pid)) {
+        wait_for("its guardian", || async { daemon.guardians().len() == 2 }).await;
+        for pid in daemon.guardians().into_iter().filter(|pid| !spared.contains(pid)) {
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         }
         assert_eq!(db.finished(id).await, "error");

@@ -408,6 +408,17 @@ impl Daemon {
         (name.trim() == "br-keeper").then_some(pid)
     }
 
+    /// The guardians of its keeper. Its children alone: a build's first process bears the name too until its exec.
+    pub fn guardians(&self) -> Vec<i32> {
+        let Some(keeper) = self.keeper() else { return Vec::new() };
+        let children = std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap_or_default();
+        let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+        pids.filter(|pid| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "br-guardian\n")
+        })
+        .collect()
+    }
+
     /// kill -9 of the keeper, and with it of all builds; waits for their end.
     pub fn kill_keeper(&self) {
         let Some(pid) = self.keeper() else { return };

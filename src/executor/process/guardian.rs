@@ -24,7 +24,7 @@ use rustix::process::{WaitOptions, wait};
 use super::fork::with_no_signal_blocked;
 use super::namespace::{Namespace, Told};
 use super::protocol::{End, Spec, Status};
-use super::tree::{cannot_be_killed, descendants, signal_descendants};
+use super::tree::{descendants, left_for_good, signal_descendants};
 use crate::clock::boottime;
 use crate::logs::file::OutputWriter;
 
@@ -170,9 +170,9 @@ impl<'a> Guardian<'a> {
             if let Phase::Killing { since, .. } = self.phase
                 && boottime().saturating_sub(since) > GIVE_UP
             {
-                let left = descendants(getpid());
                 // What can be killed will be gone, however slow the machine; nobody is told before.
-                if left.iter().all(|pid| cannot_be_killed(*pid)) {
+                let left = left_for_good(&descendants(getpid()));
+                if !left.is_empty() {
                     break u32::try_from(left.len()).unwrap_or(u32::MAX);
                 }
             }

@@ -65,13 +65,22 @@ fn parent_of(pid: i32) -> Option<i32> {
     fields.nth(1)?.parse().ok()
 }
 
-/// Whether SIGKILL does nothing to a process: it is another user's, or dead and waited for by nobody.
-pub fn cannot_be_killed(pid: Pid) -> bool {
-    if kill(pid, Signal::SIGKILL) == Err(nix::errno::Errno::EPERM) {
-        return true;
+/// Those of `pids` that are of another user, who alone can kill them. None while one may yet die: what is dead and not yet waited for is
+/// on its way out, unless it is beside one of theirs, who may never wait for it.
+pub fn left_for_good(pids: &[Pid]) -> Vec<Pid> {
+    let mut theirs = Vec::new();
+    for pid in pids.iter().filter(|pid| !is_dead(**pid)) {
+        if kill(*pid, Signal::SIGKILL) != Err(nix::errno::Errno::EPERM) {
+            return Vec::new();
+        }
+        theirs.push(*pid);
     }
+    theirs
+}
+
+fn is_dead(pid: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rfind(')').is_some_and(|end| stat[end..].starts_with(") Z"))
+    stat.rfind(')').is_none_or(|end| stat[end..].starts_with(") Z"))
 }
 
 /// Sends `signal` to every descendant of `root` that `which` names.
