@@ -11,6 +11,7 @@ mod deploy;
 mod faults;
 mod leases;
 mod leases_faults;
+mod leases_limits;
 mod logs;
 mod mail;
 mod netns;

@@ -1,7 +1,9 @@
 //! What the tests stand on: one private PostgreSQL for the run, a database for each test, real daemons, and waiting.
 
+pub mod beating;
 pub mod buildbot;
 pub mod dice;
+pub mod freezer;
 pub mod proxy;
 pub mod smtp;
 
