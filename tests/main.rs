@@ -8,6 +8,7 @@ mod commands_check;
 mod commands_watch;
 mod conninfo_tls;
 mod deploy;
+mod failover;
 mod faults;
 mod leases;
 mod leases_faults;

@@ -110,6 +110,12 @@ impl Db {
     pub async fn on(server: &Server) -> Db {
         let url = server.url("postgres");
         buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&url)).unwrap()).await.unwrap();
+        Db::there(server).await
+    }
+
+    /// On a server of the test's own, which has the tables already.
+    pub async fn there(server: &Server) -> Db {
+        let url = server.url("postgres");
         Db { client: connect(&url).await, name: "postgres".to_owned(), url, shared: false }
     }
 
