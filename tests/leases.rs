@@ -369,9 +369,9 @@ async fn an_attempt_costs_less_than_two_mebibytes() {
     // A shell and a sleep of each.
     wait_for("all to run", || async { processes_of(&daemon.state).len() == 2 * BUILDS }).await;
     let mut total = 0;
-    let ours: Vec<i32> = crate::process::below(daemon.keeper().unwrap())
+    let ours: Vec<i32> = crate::support::below(daemon.keeper().unwrap())
         .into_iter()
-        .filter(|pid| crate::process::name_of(*pid).starts_with("br-"))
+        .filter(|pid| crate::support::name_of(*pid).starts_with("br-"))
         .collect();
     for pid in &ours {
         let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
@@ -483,9 +483,9 @@ async fn a_keeper_that_is_killed_with_its_guardians_leaves_nothing_where_there_a
     wait_for("its processes", || async { processes_of(&daemon.state).len() >= 3 }).await;
     let keeper = daemon.keeper().unwrap();
     let ours: Vec<i32> =
-        crate::process::below(keeper).into_iter().filter(|pid| crate::process::name_of(*pid) != "br-init").collect();
+        crate::support::below(keeper).into_iter().filter(|pid| crate::support::name_of(*pid) != "br-init").collect();
     // Stopped first, so that none can do anything about the end of another.
-    let ours: Vec<i32> = ours.into_iter().filter(|pid| crate::process::name_of(*pid).starts_with("br-")).collect();
+    let ours: Vec<i32> = ours.into_iter().filter(|pid| crate::support::name_of(*pid).starts_with("br-")).collect();
     for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
         for pid in &ours {
             kill(Pid::from_raw(*pid), signal).unwrap();

@@ -188,29 +188,6 @@ async fn builds_beside_one_whose_guardian_is_killed_lose_no_process() {
     assert_eq!(db.finished(bystander).await, "passed");
 }
 
-/// All descendants of a process.
-pub fn below(root: i32) -> Vec<i32> {
-    let mut found = vec![root];
-    let mut at = 0;
-    while at < found.len() {
-        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-            let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-            let parent =
-                stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)).and_then(|p| p.parse().ok());
-            if parent == Some(found[at]) && !found.contains(&pid) {
-                found.push(pid);
-            }
-        }
-        at += 1;
-    }
-    found
-}
-
-pub fn name_of(pid: i32) -> String {
-    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
-}
-
 #[tokio::test]
 async fn what_the_machinery_breaks_is_tried_again_and_not_called_a_failure() {
     let db = Db::new().await;

@@ -82,6 +82,38 @@ fn files_stay_readable() {
     }
 }
 
+/// Whoever sets the wall clock shortens no lease, timeout or grace: those who count them know the time since boot, or of tokio's clock.
+#[test]
+fn the_lease_chain_does_not_read_the_wall_clock() {
+    let mut looked = 0;
+    for (path, text) in sources() {
+        let inside = path.strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap().to_str().unwrap();
+        let chain =
+            ["executor/", "reactor/", "clock.rs", "database/claim.rs", "database/watch.rs", "database/queries.rs"];
+        if !chain.iter().any(|part| inside.starts_with(part)) || inside.ends_with("tests.rs") {
+            continue;
+        }
+        looked += 1;
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        let lines = code.lines().map(str::trim).filter(|line| !line.starts_with("//"));
+        for line in lines {
+            // The time that an event tells people.
+            if inside == "reactor/herald.rs" && line == "at: jiff::Timestamp::now().to_string()," {
+                continue;
+            }
+            for word in ["SystemTime", "UNIX_EPOCH", "Timestamp::now", "Zoned::now", "CLOCK_REALTIME"] {
+                assert!(!line.contains(word), "{inside}: {line}");
+            }
+        }
+    }
+    assert!(looked > 20, "{looked}");
+    // Those who end trees count a suspension too.
+    for file in ["keeper.rs", "guardian.rs"] {
+        let (_, text) = sources().into_iter().find(|(path, _)| path.ends_with(file)).unwrap();
+        assert!(text.contains("boottime()") && !text.contains("Instant"), "{file}");
+    }
+}
+
 #[test]
 fn unsafe_stands_in_one_place() {
     let places: Vec<String> = sources()

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::process::{below, name_of};
+use crate::support::freezer::Freezer;
 use crate::support::{Daemon, Db, Launch, PROGRAM, TempDir, anything_of, processes_of, server, temp_dir, wait_for};
+use crate::support::{below, name_of};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 const SMALL: [(&str, &str); 4] = [
@@ -307,46 +308,10 @@ async fn what_the_worker_may_not_kill_is_given_up_and_counted() {
     worker.leave().await;
 }
 
-/// A control group of the first version's freezer: what is frozen there does not die of SIGKILL until it is thawed, as one that waits for
-/// a disk.
-struct Freezer(std::path::PathBuf);
-
-impl Freezer {
-    fn new() -> Result<Freezer, std::io::Error> {
-        let path = std::path::PathBuf::from(format!(
-            "/sys/fs/cgroup/freezer/buildreactor-{}-{}",
-            std::process::id(),
-            crate::support::unique()
-        ));
-        std::fs::create_dir(&path)?;
-        Ok(Freezer(path))
-    }
-
-    fn freeze(&self, pid: i32) {
-        std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
-        std::fs::write(self.0.join("freezer.state"), "FROZEN").unwrap();
-    }
-
-    fn thaw(&self) {
-        std::fs::write(self.0.join("freezer.state"), "THAWED").unwrap();
-    }
-}
-
-impl Drop for Freezer {
-    fn drop(&mut self) {
-        let deadline = Instant::now() + crate::support::SOON;
-        let _thawed = std::fs::write(self.0.join("freezer.state"), "THAWED");
-        // Not while somebody is in it.
-        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
 async fn is_stuck(mode: Mode) {
     let db = Db::new().await;
     let Some(mut worker) = Worker::start(mode, &db, &[HOUR]).await else { return };
-    let freezer = match Freezer::new() {
+    let freezer = match Freezer::first_version() {
         Ok(freezer) => freezer,
         Err(why) => return println!("NOT TESTED, this machine has no freezer of the first version: {why}"),
     };
@@ -356,7 +321,8 @@ async fn is_stuck(mode: Mode) {
     wait_for("its child", || async { processes_of(&worker.daemon.state).iter().any(|pid| name_of(*pid) == "sleep") })
         .await;
     let stuck = processes_of(&worker.daemon.state).into_iter().find(|pid| name_of(*pid) == "sleep").unwrap();
-    freezer.freeze(stuck);
+    freezer.take(stuck);
+    let frozen = freezer.freeze().await;
     db.execute(&format!("SELECT cancel_build({id}, 'enough')")).await;
     wait_for("the others' end", || async { processes_of(&worker.daemon.state) == [stuck] }).await;
     // Twice as long as what another user's may cost.
@@ -364,7 +330,7 @@ async fn is_stuck(mode: Mode) {
     wait_for("some time", || async { since.elapsed() > Duration::from_secs(20) }).await;
     assert_eq!(db.one::<String>("SELECT state::text FROM builds").await, "running", "it could come to life again");
     assert_eq!(processes_of(&worker.daemon.state), [stuck]);
-    freezer.thaw();
+    drop(frozen);
     let told = told(&db, id).await;
     worker.nothing_left("thawed");
     assert!(told.starts_with("cancelled|") && told.ends_with("|cancelled: enough"), "{told}");

@@ -1,7 +1,9 @@
 //! What the tests stand on: one private PostgreSQL for the run, a database for each test, real daemons, and waiting.
 
+pub mod beating;
 pub mod buildbot;
 pub mod dice;
+pub mod freezer;
 pub mod proxy;
 pub mod smtp;
 
@@ -108,6 +110,12 @@ impl Db {
     pub async fn on(server: &Server) -> Db {
         let url = server.url("postgres");
         buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&url)).unwrap()).await.unwrap();
+        Db::there(server).await
+    }
+
+    /// On a server of the test's own, which has the tables already.
+    pub async fn there(server: &Server) -> Db {
+        let url = server.url("postgres");
         Db { client: connect(&url).await, name: "postgres".to_owned(), url, shared: false }
     }
 
@@ -514,4 +522,27 @@ pub fn cpu_ticks(pid: i32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// All descendants of a process.
+pub fn below(root: i32) -> Vec<i32> {
+    let mut found = vec![root];
+    let mut at = 0;
+    while at < found.len() {
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            let parent =
+                stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)).and_then(|p| p.parse().ok());
+            if parent == Some(found[at]) && !found.contains(&pid) {
+                found.push(pid);
+            }
+        }
+        at += 1;
+    }
+    found
+}
+
+pub fn name_of(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
 }
