@@ -9,7 +9,9 @@ use buildreactor::embedded::{Options, Server, StopMode};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{Daemon, Db, TempDir, connect, temp_dir, wait_for};
+use crate::support::beating::Stopped;
+use crate::support::proxy::{Mood, Proxy};
+use crate::support::{Daemon, Db, TempDir, connect, processes_of, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 const PING: (&str, &str) = ("BUILDREACTOR_LEASE_PING", "500ms");
@@ -20,37 +22,41 @@ async fn server(dir: &Path, settings: &[(&str, &str)]) -> Server {
     tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap()
 }
 
-/// A primary and its streaming replica, which has all that was committed.
+/// A primary and its streaming replica.
 struct Pair {
     primary: Server,
     replica: Server,
+    /// Between the two.
+    line: Proxy,
     _folder: TempDir,
 }
 
 impl Pair {
-    async fn start() -> Pair {
+    /// `synchronous`: the replica has all that was committed.
+    async fn start(synchronous: bool) -> Pair {
         let folder = temp_dir();
         let fast = [("fsync", "off")];
         let primary = server(&folder.path().join("primary"), &fast).await;
+        let line = Proxy::to(([127, 0, 0, 1], primary.port()).into()).await;
         // Its folder is made by one who may write there: the user of the servers.
         let replica = folder.path().join("replica");
         std::fs::create_dir(&replica).unwrap();
         let owner = std::fs::metadata(primary.data_dir()).unwrap();
         std::os::unix::fs::chown(&replica, Some(owner.uid()), Some(owner.gid())).unwrap();
-        let copied = Command::new(primary.bin_dir().join("pg_basebackup"))
-            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--username=postgres", "--pgdata"])
+        let mut copy = Command::new(primary.bin_dir().join("pg_basebackup"));
+        copy.args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--username=postgres", "--pgdata"])
             .arg(replica.join("data"))
-            .arg("--host")
-            .arg(primary.socket_dir())
-            .arg(format!("--port={}", primary.port()))
+            .args(["--host=127.0.0.1".to_owned(), format!("--port={}", line.port())])
             .uid(owner.uid())
             .gid(owner.gid())
             .current_dir("/")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+            .stdin(Stdio::null());
+        let copied = tokio::task::spawn_blocking(move || copy.output().unwrap()).await.unwrap();
         assert!(copied.status.success(), "{copied:?}");
-        let pair = Pair { primary, replica: server(&replica, &fast).await, _folder: folder };
+        let pair = Pair { primary, replica: server(&replica, &fast).await, line, _folder: folder };
+        if !synchronous {
+            return pair;
+        }
         let client = connect(&pair.primary.url("postgres")).await;
         client.batch_execute("ALTER SYSTEM SET synchronous_standby_names = '*'").await.unwrap();
         client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
@@ -86,7 +92,7 @@ async fn attempts(db: &Db) -> Vec<String> {
 
 #[tokio::test]
 async fn a_build_goes_on_over_a_failover_in_the_same_attempt_and_those_that_wait_start() {
-    let pair = Pair::start().await;
+    let pair = Pair::start(true).await;
     let db = Db::on(&pair.primary).await;
     let folder = temp_dir();
     let (gate, trace) = (folder.path().join("gate"), folder.path().join("trace"));
@@ -123,6 +129,81 @@ async fn a_build_goes_on_over_a_failover_in_the_same_attempt_and_those_that_wait
     assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{running}.1\n{waiting}.1\n{next}.1\n"));
     assert_eq!(db.one::<i64>("SELECT count(*) FROM build_queue").await, 0);
     drop((one, other, db));
+}
+
+/// A build that has started, on a server whose replica does not know it.
+struct Forgotten {
+    pair: Pair,
+    first: Daemon,
+    folder: TempDir,
+    id: i64,
+}
+
+impl Forgotten {
+    async fn start() -> Forgotten {
+        let pair = Pair::start(false).await;
+        let db = Db::on(&pair.primary).await;
+        let folder = temp_dir();
+        let script = format!(
+            "trap '' TERM; echo $BUILD_WORKER $BUILD_ID.$BUILD_ATTEMPT >> '{0}/trace'; while [ ! -e '{0}/gate' ] && [ $BUILD_WORKER = first ]; do sleep 0.05; done; exit 3",
+            folder.path().display()
+        );
+        db.builder("b", &script).await;
+        db.execute("UPDATE builders SET max_running = 2").await;
+        let id = db.enqueue("b").await;
+        let replica = Db::there(&pair.replica).await;
+        wait_for("the replica to have it", || async {
+            // Before the tables come there are none.
+            let there: bool = replica.one("SELECT to_regclass('build_queue') IS NOT NULL").await;
+            there && replica.one::<i64>("SELECT count(*) FROM build_queue").await == 1
+        })
+        .await;
+        pair.line.set(Mood { stall_up: true, stall_down: true, ..Mood::default() });
+        let first = Daemon::start_at(&pair.url(), "first", &[HOUR, PING]).await;
+        let forgotten = Forgotten { pair, first, folder, id };
+        wait_for("its script", || async { forgotten.trace() == format!("first {id}.1\n") }).await;
+        assert_eq!(attempts(&db).await, [format!("{id} 1 first running 1")]);
+        assert_eq!(attempts(&replica).await, Vec::<String>::new());
+        forgotten
+    }
+
+    fn trace(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("trace")).unwrap_or_default()
+    }
+}
+
+#[tokio::test]
+async fn a_build_whose_start_the_replica_lacks_is_run_by_another_under_the_same_number_and_the_first_records_nothing() {
+    let mut run = Forgotten::start().await;
+    let id = run.id;
+    // It finds out only when the other has run it.
+    let stopped = Stopped::these(vec![run.first.pid()]);
+    let second = Daemon::start_at(&run.pair.url(), "second", &[HOUR, PING]).await;
+    run.pair.fail_over().await;
+    let db = Db::there(&run.pair.replica).await;
+    assert_eq!(db.finished(id).await, "failed");
+    assert_eq!(run.trace(), format!("first {id}.1\nsecond {id}.1\n"));
+    assert!(!processes_of(&run.first.state).is_empty(), "this is the limit of what we can promise");
+    drop(stopped);
+    wait_for("the end of the first tree", || async { processes_of(&run.first.state).is_empty() }).await;
+    run.first.says("no longer ours").await;
+    assert_eq!(attempts(&db).await, [format!("{id} 1 second failed 3 1")]);
+    drop((second, db));
+}
+
+#[tokio::test]
+async fn a_build_whose_start_the_replica_lacks_is_tried_again_by_its_own_worker_under_the_next_number() {
+    let mut run = Forgotten::start().await;
+    let id = run.id;
+    run.pair.fail_over().await;
+    let db = Db::there(&run.pair.replica).await;
+    run.first.says("no longer ours").await;
+    // The number that runs is not started twice: its keeper knows.
+    wait_for("its next start", || async { run.trace() == format!("first {id}.1\nfirst {id}.2\n") }).await;
+    std::fs::write(run.folder.path().join("gate"), "").unwrap();
+    assert_eq!(db.finished(id).await, "failed");
+    assert_eq!(attempts(&db).await, [format!("{id} 1 first error 1"), format!("{id} 2 first failed 3 1")]);
+    assert_eq!(run.trace().lines().count(), 2);
 }
 
 /// Whoever asks for commits that are not waited for loses the last ones in a crash: a daemon does not ask.
