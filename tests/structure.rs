@@ -133,7 +133,7 @@ fn the_tests_named_in_the_table_of_failures_exist() {
     for row in document.lines().filter(|line| line.starts_with("| ")) {
         let last = row.trim_end_matches('|').rsplit('|').next().unwrap().trim();
         let tests: Vec<(&str, &str)> = last.split('`').filter_map(|word| word.rsplit_once("::")).collect();
-        assert!(!tests.is_empty() || last.contains("no test") || last == "tests", "{row}");
+        assert!(!tests.is_empty() || last == "tests", "{row}");
         for (module, test) in tests {
             let source = at(&format!("tests/{}.rs", module.replace("::", "/")));
             let found = source.match_indices(test).any(|(start, _)| {
