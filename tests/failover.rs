@@ -37,7 +37,7 @@ impl Pair {
         let folder = temp_dir();
         let fast = [("fsync", "off")];
         let primary = server(&folder.path().join("primary"), &fast).await;
-        let line = Proxy::to(([127, 0, 0, 1], primary.port()).into()).await;
+        let line = Proxy::to_server(&primary).await;
         // Its folder is made by one who may write there: the user of the servers.
         let replica = folder.path().join("replica");
         std::fs::create_dir(&replica).unwrap();

@@ -6,27 +6,15 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use buildreactor::embedded::{Options, Server};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
 use crate::support::beating::{Beating, Pair, SMALL, Stopped, attempts, signal, uptime};
 use crate::support::proxy::{Mood, Proxy, When};
-use crate::support::{Daemon, Db, TempDir, processes_of, temp_dir, wait_for};
+use crate::support::{Daemon, Db, TempDir, processes_of, server_with_port, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 const STATE_DIR: &str = "BUILDREACTOR_WORKER_STATE_DIR";
-/// A server that is reached over TCP.
-async fn server_with_port() -> Server {
-    let options = Options { tcp_port: Some(0), ..Options::default() };
-    tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap()
-}
-
-async fn proxy_to(server: &Server) -> (Proxy, String) {
-    let proxy = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
-    let url = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", proxy.port());
-    (proxy, url)
-}
 
 #[tokio::test]
 async fn builds_of_a_killed_keeper_are_given_up_when_their_trees_are_gone_and_not_before() {
@@ -191,11 +179,11 @@ async fn a_worker_that_comes_back_with_fewer_slots_holds_all_that_it_was_running
 
 #[tokio::test]
 async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs_once() {
-    let server = server_with_port().await;
+    let server = server_with_port(&[]).await;
     let db = Db::on(&server).await;
-    let (proxy, url) = proxy_to(&server).await;
+    let proxy = Proxy::to_server(&server).await;
     let folder = temp_dir();
-    let mut daemon = Daemon::start_at(&url, "w", &[HOUR]).await;
+    let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
     for when in [When::BeforeTheServer, When::BeforeTheAnswer] {
         let trace = folder.path().join(format!("{when:?}"));
         let name = format!("{when:?}");
@@ -231,10 +219,10 @@ async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs
 
 #[tokio::test]
 async fn a_dead_predecessors_session_is_waited_for_and_another_daemons_is_not() {
-    let server = server_with_port().await;
+    let server = server_with_port(&[]).await;
     let db = Db::on(&server).await;
-    let (proxy, url) = proxy_to(&server).await;
-    let mut daemon = Daemon::start_at(&url, "w", &[HOUR]).await;
+    let proxy = Proxy::to_server(&server).await;
+    let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
     let dead = daemon.pid();
     // The server hears nothing of its end.
     proxy.set(Mood { stall_up: true, stall_down: true, ..Mood::default() });

@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use buildreactor::embedded::{Options, Server};
 use nix::sys::signal::Signal;
 
 use super::{Gate, HOUR, builder, proxy, queue, request_of, shared, through, waiting, waits_because, worker};
 use crate::support::buildbot::Buildbot;
 use crate::support::proxy::{Break, Mood, Proxy, When};
-use crate::support::{Daemon, Db, wait_for};
+use crate::support::{Daemon, Db, server_with_port, wait_for};
 
 #[tokio::test]
 async fn a_build_outlives_its_worker_and_a_crash_of_the_master_in_one_attempt() {
@@ -318,17 +317,11 @@ async fn fifty_builds_are_one_request_each_whatever_becomes_of_the_master_in_bet
 #[tokio::test]
 async fn a_daemon_that_is_held_up_between_claim_and_question_does_not_ask() {
     let Some(buildbot) = shared().await else { return };
-    let server = tokio::task::spawn_blocking(|| {
-        let settings = [("fsync".to_owned(), "off".to_owned())].to_vec();
-        Server::start(Options { tcp_port: Some(0), settings, ..Options::default() }).unwrap()
-    })
-    .await
-    .unwrap();
+    let server = server_with_port(&[("fsync", "off")]).await;
     let db = Db::on(&server).await;
     builder(&db, "ok").await;
     db.execute("UPDATE builders SET max_running = 10").await;
-    let network = Proxy::to(([127, 0, 0, 1], server.port()).into()).await;
-    let url = format!("postgresql://postgres@127.0.0.1:{}/postgres", network.port());
+    let network = Proxy::to_server(&server).await;
     let config = buildbot.config();
     let lease = [
         HOUR,
@@ -337,7 +330,7 @@ async fn a_daemon_that_is_held_up_between_claim_and_question_does_not_ask() {
         ("BUILDREACTOR_LEASE_LEASE", "3s"),
         ("BUILDREACTOR_LEASE_GRACE", "13s"),
     ];
-    let mut daemon = Daemon::start_at(&url, "w", &lease).await;
+    let mut daemon = Daemon::start_at(&network.url(), "w", &lease).await;
     network.set(Mood { stall_begin: true, ..Mood::default() });
     let id = db.enqueue("ok").await;
     network.has_stalled().await;

@@ -231,6 +231,13 @@ pub fn psql_program() -> PathBuf {
     if beside.exists() { beside } else { PathBuf::from("psql") }
 }
 
+/// A server of its own that is reached over TCP too.
+pub async fn server_with_port(settings: &[(&str, &str)]) -> Server {
+    let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    let options = Options { tcp_port: Some(0), settings, ..Options::default() };
+    tokio::task::spawn_blocking(|| Server::start(options).unwrap()).await.unwrap()
+}
+
 pub async fn connect(url: &str) -> Client {
     let (client, connection) =
         tokio_postgres::connect(url, NoTls).await.unwrap_or_else(|error| panic!("{url}: {error:?}"));

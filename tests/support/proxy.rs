@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use buildreactor::embedded::Server;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -76,6 +77,16 @@ impl Proxy {
             }
         });
         Proxy { port, orders, acceptor }
+    }
+
+    /// To a private server.
+    pub async fn to_server(server: &Server) -> Proxy {
+        Proxy::to(([127, 0, 0, 1], server.port()).into()).await
+    }
+
+    /// The server's database `postgres` by this way.
+    pub fn url(&self) -> String {
+        format!("postgresql://postgres@127.0.0.1:{}/postgres", self.port())
     }
 
     pub fn port(&self) -> u16 {
