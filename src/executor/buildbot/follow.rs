@@ -363,8 +363,8 @@ fn verdict(master: &str, request: &RequestRow, builds: &[BuildRow], order: Optio
         (CANCELLED, Some(Order::TimeOut(text))) => (Outcome::TimedOut, Some(text.clone())),
         (CANCELLED, Some(Order::Stop | Order::LetGo)) => (Outcome::Lost, Some("stopped".to_owned())),
         // By the daemon before this one, which had no time to record it.
-        (CANCELLED, None) if said.as_ref().is_some_and(|text| text.contains(OUR_LIMIT)) => {
-            (Outcome::TimedOut, said.as_ref().map(|text| text.replace(OUR_LIMIT, "")))
+        (CANCELLED, None) if let Some((_, limit)) = said.as_ref().and_then(|text| text.split_once(OUR_LIMIT)) => {
+            (Outcome::TimedOut, Some(limit.trim_end_matches(')').to_owned()))
         }
         (CANCELLED, None) if said.as_ref().is_some_and(|text| text.contains(OURS)) => {
             (Outcome::GivenBack, Some("given back: its worker stopped".to_owned()))
@@ -412,13 +412,7 @@ mod tests {
             (4, "finished", None, Outcome::Error, "exception: finished"),
             (5, "lost connection", None, Outcome::Error, "ended with results 5: lost connection"),
             (6, "cancelled (bye)", None, Outcome::Cancelled, "cancelled in Buildbot: cancelled (bye)"),
-            (
-                6,
-                "cancelled (stopped by buildreactor: no output for 3s)",
-                None,
-                Outcome::TimedOut,
-                "cancelled (no output for 3s)",
-            ),
+            (6, "cancelled (stopped by buildreactor: no output for 3s)", None, Outcome::TimedOut, "no output for 3s"),
             (6, "cancelled (stopped by buildreactor)", None, Outcome::GivenBack, "given back: its worker stopped"),
             (6, "cancelled (Master Shutdown)", None, Outcome::Error, "master `m` was shut down while it ran"),
             (6, "cancelled", Some(&Order::Stop), Outcome::Lost, "stopped"),
