@@ -158,7 +158,7 @@ async fn a_log_that_is_not_there_is_explained() {
     db.builder("b", "true").await;
     let id = db.enqueue("b").await.to_string();
     let (code, out, err) = run(&db, &["log", "4711"]);
-    assert_eq!((code, out.as_str(), err.as_str()), (Some(1), "", "buildreactor: there is no build 4711\n"));
+    assert_eq!((code, out.as_str(), err.as_str()), (Some(66), "", "buildreactor: there is no build 4711\n"));
     let (code, out, err) = run(&db, &["log", &id]);
     assert_eq!(
         (code, out.as_str(), err),
@@ -166,7 +166,7 @@ async fn a_log_that_is_not_there_is_explained() {
     );
     let empty = Db::empty().await;
     let (code, _, err) = run(&empty, &["log", "1"]);
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(78));
     assert!(err.contains("run `buildreactor migrate` first"), "{err}");
 }
 
@@ -309,7 +309,7 @@ async fn watching_a_build_tells_each_change_once_and_exits_with_its_verdict() {
     assert!(out.ends_with(": exit code 3\n"), "{out}");
     assert_eq!(
         run(&db, &["watch", "4711"]),
-        (Some(1), String::new(), "buildreactor: there is no build 4711\n".to_owned())
+        (Some(66), String::new(), "buildreactor: there is no build 4711\n".to_owned())
     );
 }
 

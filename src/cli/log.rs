@@ -56,7 +56,7 @@ async fn print(arguments: &Arguments, config: &Config) -> anyhow::Result<ExitCod
             if known {
                 bail!("build {id} has been deleted");
             }
-            bail!("there is no build {id}");
+            return Err(super::Refused::NoSuchBuild(id).into());
         };
         known = true;
         let attempt = *current.get_or_insert(build.attempt.max(1));

@@ -11,9 +11,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{self, Config};
 use crate::database::{ConnInfo, DatabaseError};
+use crate::model::BuildId;
 use crate::report::Chain;
 
 /// PostgreSQL as a build server: INSERT a row, get a build.
@@ -24,11 +27,11 @@ struct Arguments {
     #[arg(long, short, global = true, value_name = "FILE", env = "BUILDREACTOR_CONFIG")]
     config: Option<PathBuf>,
 
-    /// Database: a URL (postgresql://user@host/builds), a key=value string, or a name; else `[database] url`, else PG* variables
+    /// Database: a URL (postgresql://user@host/builds), a key=value string, or a name; else DATABASE_URL, else `[database] url`, else PG* variables
     #[arg(long, short, global = true, value_name = "CONNECTION")]
     database: Option<String>,
 
-    /// Write the log of the daemon as JSON, one object a line
+    /// Write the log of the daemon (`run`) as JSON, one object a line
     #[arg(long, global = true)]
     json: bool,
 
@@ -41,21 +44,33 @@ A first build, with psql:
   INSERT INTO builders (name, script) VALUES ('hello', 'echo hello');
   INSERT INTO build_queue (builder) VALUES ('hello') RETURNING build_id;
 
-Exit codes: 0 done; 1 something is wrong, or the build did not pass; 2 wrong command line;
-69 database unreachable; 70 a bug of buildreactor; 75 try again; 78 wrong configuration or schema.
+Exit codes: 0 done; 1 something is wrong, or the build did not pass; 2 wrong command line; 66 no such build;
+69 database unreachable; 70 a bug of buildreactor; 75 try again; 78 wrong configuration, schema or rights;
+130 watch ID was interrupted.
 
 BUILDREACTOR_LOG sets how much the daemon logs: error, warn, info (default), debug, or per room
 (info,buildreactor::reactor=debug).";
 
+const CHECK_HELP: &str = "Exit codes: 0 no PROBLEM; 1 a PROBLEM line; 69 database unreachable; 78 the configuration file, or what it says of the database.";
+const RUN_HELP: &str = "\
+Exit codes: 0 left as it was told; 69, 75 try again later: the database, the folder or the worker's name;
+78 not before somebody has changed configuration, schema or rights; `buildreactor check` says what.";
+const WATCH_HELP: &str = "\
+Exit codes with ID: 0 it passed; 1 it did not; 66 there is no such build; 69 database unreachable; 78 wrong configuration or schema;
+130 interrupted: nobody knows.";
+
 #[derive(Subcommand)]
 enum Command {
     /// Run builds: a worker, until SIGTERM (what runs goes on, for its next start), SIGINT (what runs is stopped and given back to the queue) or SIGUSR1 (what runs is finished first)
+    #[command(after_help = RUN_HELP)]
     Run(run::Arguments),
     /// Create or upgrade the tables, views and functions in the database; safe to run twice, and while builds run
     Migrate,
-    /// Look for whatever would keep a worker from working: folder, database, pooler, privileges, limits; one line each
+    /// Look for whatever would keep a worker from working: folder, database, pooler, privileges, limits, mail, Buildbot masters; one line each
+    #[command(after_help = CHECK_HELP)]
     Check(check::Arguments),
     /// Show what waits, runs and has finished; or wait for one build: exits with 0 if it passed, else 1
+    #[command(after_help = WATCH_HELP)]
     Watch(watch::Arguments),
     /// Print the log of a build; -f follows it until the build ends
     Log(log::Arguments),
@@ -71,11 +86,16 @@ enum Command {
 
 /// Exit codes, as in sysexits.h.
 mod exit {
+    pub const USAGE: u8 = 2;
+    pub const NO_INPUT: u8 = 66;
     pub const UNAVAILABLE: u8 = 69;
     pub const SOFTWARE: u8 = 70;
     pub const TEMPFAIL: u8 = 75;
     pub const CONFIG: u8 = 78;
 }
+
+/// SQLSTATE insufficient_privilege.
+const RIGHTS: &str = "42501";
 
 /// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
@@ -84,14 +104,31 @@ pub fn main() -> ExitCode {
     if let Command::Keeper { dir } = &arguments.command {
         return crate::executor::process::keeper::keep(dir);
     }
-    start_log(&arguments);
-    match dispatch(arguments) {
+    match start_log(&arguments).and_then(|()| dispatch(arguments)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("buildreactor: {}", Chain(error.as_ref()));
+            if of_database(&error).and_then(DatabaseError::sqlstate) == Some(RIGHTS) {
+                eprintln!(
+                    "buildreactor: `buildreactor check` says which rights are missing, and deploy/roles.sql gives them"
+                );
+            }
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// What a command was asked for cannot be.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("there is no build {0}")]
+    NoSuchBuild(BuildId),
+    #[error(
+        "BUILDREACTOR_LOG: {0}, it must be error, warn, info, debug, trace or off, or such with rooms, for example `info,buildreactor::reactor=debug`"
+    )]
+    Log(String),
+    #[error("--embedded brings its own database: leave out --database, DATABASE_URL and [database] url")]
+    TwoDatabases,
 }
 
 fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -136,8 +173,25 @@ fn is_passing(error: &std::io::Error) -> bool {
     )
 }
 
+/// What the database had to do with it, through errors that show it as their own.
+fn of_database(error: &anyhow::Error) -> Option<&DatabaseError> {
+    use crate::daemon::DaemonError;
+    use crate::database::migrate::MigrateError;
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(DaemonError::Database(error)), _) | (_, Some(MigrateError::Database(error))) => Some(error),
+        _ => error.downcast_ref(),
+    }
+}
+
 /// Which exit code says what kind of error this is.
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if let Some(refused) = error.downcast_ref::<Refused>() {
+        return match refused {
+            Refused::NoSuchBuild(_) => exit::NO_INPUT,
+            Refused::Log(_) => exit::CONFIG,
+            Refused::TwoDatabases => exit::USAGE,
+        };
+    }
     if error.is::<config::ConfigErrors>() || error.is::<crate::database::conninfo::ConnInfoError>() {
         return exit::CONFIG;
     }
@@ -170,29 +224,58 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn database_exit_code(error: &DatabaseError) -> u8 {
     match error {
-        DatabaseError::ConnInfo(_) => exit::CONFIG,
+        DatabaseError::ConnInfo(_) | DatabaseError::NoPassword { .. } | DatabaseError::NoSchema { .. } => exit::CONFIG,
         DatabaseError::NameInUse { .. } => exit::TEMPFAIL,
         DatabaseError::Connect { .. } | DatabaseError::Pool { .. } | DatabaseError::NoAnswer { .. } => {
             // The server answered, and refuses us: no such database, role or password.
             if error.is_transient() { exit::UNAVAILABLE } else { exit::CONFIG }
         }
         DatabaseError::Statement { .. } if error.sqlstate().is_none() => exit::UNAVAILABLE,
+        DatabaseError::Statement { .. } if error.sqlstate() == Some(RIGHTS) => exit::CONFIG,
         DatabaseError::Statement { .. } | DatabaseError::Unexpected { .. } => 1,
     }
 }
 
-fn start_log(arguments: &Arguments) {
+fn start_log(arguments: &Arguments) -> anyhow::Result<()> {
     use std::io::IsTerminal;
-    use tracing_subscriber::EnvFilter;
     // It says itself what happens.
     let demo = matches!(arguments.command, Command::Demo(_));
-    let filter = EnvFilter::try_from_env("BUILDREACTOR_LOG").unwrap_or_else(|_| {
-        if demo { EnvFilter::new("warn") } else { EnvFilter::new("info,tokio_postgres=warn,refinery_core=warn") }
-    });
+    let usual = if demo { "warn" } else { "info,tokio_postgres=warn,refinery_core=warn" };
+    let filter = log_filter(std::env::var("BUILDREACTOR_LOG").ok().as_deref().unwrap_or(usual))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     if arguments.json {
         builder.json().flatten_event(true).init();
     } else {
         builder.with_ansi(std::io::stderr().is_terminal()).init();
+    }
+    Ok(())
+}
+
+/// `EnvFilter` takes a level that is misspelt for a room of which everything is logged, and logs nothing else.
+fn log_filter(text: &str) -> Result<EnvFilter, Refused> {
+    for directive in text.split(',').map(str::trim).filter(|directive| !directive.is_empty()) {
+        let level = directive.rsplit('=').next().unwrap_or(directive);
+        if level.parse::<LevelFilter>().is_err() {
+            return Err(Refused::Log(format!("`{level}` is no level")));
+        }
+    }
+    EnvFilter::builder().parse(text).map_err(|error| Refused::Log(Chain(&error).to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_that_is_none_is_refused() {
+        for good in ["", "info", "WARN", "off", "info,buildreactor::reactor=debug", "warn, tokio_postgres=trace"] {
+            assert!(log_filter(good).is_ok(), "{good}");
+        }
+        for (bad, level) in
+            [("inof", "inof"), ("info,buildreactor::reactor=debgu", "debgu"), ("buildreactor", "buildreactor")]
+        {
+            let refusal = log_filter(bad).err().map(|error| error.to_string());
+            assert!(refusal.is_some_and(|text| text.contains(&format!("`{level}` is no level"))), "{bad}");
+        }
     }
 }

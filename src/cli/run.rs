@@ -20,10 +20,9 @@ pub async fn run(arguments: Arguments, mut config: Config) -> anyhow::Result<Exi
     let Some(dir) = arguments.embedded else {
         return leave(daemon::run(&config, super::conninfo(&config)?).await);
     };
-    anyhow::ensure!(
-        config.database.url.is_none(),
-        "--embedded brings its own database: leave out --database, DATABASE_URL and [database] url"
-    );
+    if config.database.url.is_some() {
+        return Err(super::Refused::TwoDatabases.into());
+    }
     let options = Options { dir: Some(dir), ..Options::default() };
     let mut server = tokio::task::spawn_blocking(move || Server::start(options)).await??;
     config.database.url = Some(server.url("postgres"));

@@ -29,6 +29,14 @@ pub enum DatabaseError {
         #[source]
         source: Box<PoolError>,
     },
+    /// The server wants a password, and there is none.
+    #[error(
+        "cannot connect to {place}: it wants a password: put one into ~/.pgpass, PGPASSWORD or the connection string"
+    )]
+    NoPassword {
+        /// Where to.
+        place: String,
+    },
     /// A statement failed.
     #[error("cannot {step}")]
     Statement {
@@ -56,6 +64,12 @@ pub enum DatabaseError {
         /// By an earlier daemon of this folder, which is dead; the server has not noticed yet.
         stale: bool,
     },
+    /// A table, view or column is not there.
+    #[error("the tables of buildreactor in {place} are missing or too old: run `buildreactor migrate` first")]
+    NoSchema {
+        /// Where.
+        place: String,
+    },
     /// A row does not look as expected.
     #[error("cannot {step}: {what}")]
     Unexpected {
@@ -67,6 +81,23 @@ pub enum DatabaseError {
 }
 
 impl DatabaseError {
+    /// No connection to `place`.
+    pub(super) fn connect(place: String, source: tokio_postgres::Error) -> DatabaseError {
+        if wants_password(&source) {
+            DatabaseError::NoPassword { place }
+        } else {
+            DatabaseError::Connect { place, source }
+        }
+    }
+
+    /// No connection to `place` from a pool.
+    pub(super) fn pool(place: String, source: PoolError) -> DatabaseError {
+        match source {
+            PoolError::Backend(error) if wants_password(&error) => DatabaseError::NoPassword { place },
+            source => DatabaseError::Pool { place, source: Box::new(source) },
+        }
+    }
+
     /// The SQLSTATE, where the server gave one.
     pub fn sqlstate(&self) -> Option<&str> {
         match self {
@@ -78,8 +109,10 @@ impl DatabaseError {
                 _ => None,
             },
             DatabaseError::ConnInfo(_)
+            | DatabaseError::NoPassword { .. }
             | DatabaseError::NoAnswer { .. }
             | DatabaseError::NameInUse { .. }
+            | DatabaseError::NoSchema { .. }
             | DatabaseError::Unexpected { .. } => None,
         }
     }
@@ -88,7 +121,10 @@ impl DatabaseError {
     /// deadlock, lock timeout, too many connections. Classes of PostgreSQL's appendix A.
     pub fn is_transient(&self) -> bool {
         match self {
-            DatabaseError::ConnInfo(_) | DatabaseError::Unexpected { .. } => false,
+            DatabaseError::ConnInfo(_)
+            | DatabaseError::NoPassword { .. }
+            | DatabaseError::NoSchema { .. }
+            | DatabaseError::Unexpected { .. } => false,
             DatabaseError::NameInUse { .. } | DatabaseError::NoAnswer { .. } => true,
             DatabaseError::Connect { .. } | DatabaseError::Pool { .. } | DatabaseError::Statement { .. } => {
                 match self.sqlstate() {
@@ -105,4 +141,9 @@ impl DatabaseError {
     pub fn is_bad_data(&self) -> bool {
         self.sqlstate().is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
     }
+}
+
+/// The driver has no other way to ask.
+fn wants_password(error: &tokio_postgres::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|cause| cause.to_string() == "password missing")
 }

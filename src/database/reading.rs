@@ -202,7 +202,7 @@ impl Reader {
             )
         });
         let (build, log, queue, recent, running, steps, workers) =
-            prepared.await.map_err(|error| schema_does_not_fit(error, STEP, info))?;
+            prepared.await.map_err(|error| schema_does_not_fit(error, info))?;
         let prepared = Prepared { build, log, queue, recent, running, steps, workers };
         Ok(Reader { client, prepared, _driver: driver })
     }
@@ -346,16 +346,12 @@ async fn looked<T>(
 }
 
 /// A table, view or column that is not there means that nobody has migrated.
-fn schema_does_not_fit(error: DatabaseError, step: &'static str, info: &ConnInfo) -> DatabaseError {
+fn schema_does_not_fit(error: DatabaseError, info: &ConnInfo) -> DatabaseError {
     let missing = [SqlState::UNDEFINED_TABLE, SqlState::UNDEFINED_COLUMN, SqlState::UNDEFINED_FUNCTION];
     match error.sqlstate() {
-        Some(code) if missing.iter().any(|state| state.code() == code) => DatabaseError::Unexpected {
-            step,
-            what: format!(
-                "the tables of buildreactor in {} are missing or too old: run `buildreactor migrate` first",
-                info.describe()
-            ),
-        },
+        Some(code) if missing.iter().any(|state| state.code() == code) => {
+            DatabaseError::NoSchema { place: info.describe() }
+        }
         _ => error,
     }
 }

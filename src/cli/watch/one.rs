@@ -36,7 +36,7 @@ pub async fn watch(id: BuildId, once: bool, config: &Config) -> anyhow::Result<E
             if seen.is_some() {
                 bail!("build {id} has been deleted");
             }
-            bail!("there is no build {id}");
+            return Err(crate::cli::Refused::NoSuchBuild(id).into());
         };
         if build.is_final {
             teller.add(&told.news(link.ask(async |reader| reader.elsewhere(id).await).await?, Runs::Told))?;
