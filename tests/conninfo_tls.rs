@@ -455,6 +455,13 @@ async fn the_password_file_opens_a_scram_login_bound_to_the_channel() {
     let home = Directory::new("home");
     let text = format!("{} user=bob sslmode=require", server.named());
     assert_refused(&home, &text, "password missing").await;
+    let refused = crate::support::buildreactor(&["check", "--database", &text], &[("HOME", home.0.to_str().unwrap())]);
+    assert_eq!(refused.status.code(), Some(78), "nobody is going to mend that by waiting");
+    let said = crate::support::text(&refused.stdout);
+    assert!(
+        said.contains("it wants a password: put one into ~/.pgpass, PGPASSWORD or the connection string"),
+        "{said}"
+    );
     home.write(".pgpass", "*:*:*:alice:no\ndb.test:*:postgres:bob:b\\:o\\\\b\n");
     for binding in ["disable", "prefer", "require"] {
         assert_encrypted(&home, &format!("{text} channel_binding={binding}")).await;

@@ -11,7 +11,7 @@ use crate::config::{Config, KILL_TIME, Worker};
 use crate::database::SessionLimits;
 use crate::database::examine::{Asked, Finding, Findings, Level, examine};
 use crate::executor::Folders;
-use crate::executor::buildbot::{Master, MasterError};
+use crate::executor::buildbot::{BuildbotExecutor, Master, MasterError, Settings};
 use crate::mail::Mailer;
 use crate::report::Chain;
 
@@ -32,11 +32,14 @@ pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCo
         found
     })
     .await?;
-    let refused = database(config, &mut found).await.err();
+    let (builders, refused) = match database(config, &mut found).await {
+        Ok(builders) => (builders, None),
+        Err(error) => (Vec::new(), Some(error)),
+    };
     if let Some(error) = &refused {
         found.problem("connection", Chain(error.as_ref()).to_string());
     }
-    buildbot(config, &mut found).await;
+    buildbot(config, &builders, &mut found).await;
     kick(config, &mut found);
     mail(arguments.mail.as_deref(), config, &mut found).await;
     print(&found)?;
@@ -47,7 +50,8 @@ pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCo
     })
 }
 
-async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<()> {
+/// Comes back with the builders that run on our Buildbot masters.
+async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<Vec<(String, String)>> {
     let info = super::conninfo(config)?;
     // As the daemon sets them.
     let limits = SessionLimits { slots: config.worker.slots, claim_idle: config.lease.lease + KILL_TIME };
@@ -61,13 +65,16 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<()> {
     Ok(examine(&info, &asked, found).await?)
 }
 
-/// Each master: who it is, and who we are to it. Whether it lets us start builds is seen only by doing so.
-async fn buildbot(config: &Config, found: &mut Findings) {
+/// Each master: who it is, and who we are to it; and whether it has what `builders` ask for. Whether it lets us start builds is seen only by
+/// doing so.
+async fn buildbot(config: &Config, builders: &[(String, String)], found: &mut Findings) {
     const SUBJECT: &str = "buildbot";
+    let mut all_well = true;
     for (name, settings) in &config.buildbot {
         let master = match Master::new(name, settings) {
             Ok(master) => master,
             Err(error) => {
+                all_well = false;
                 found.problem(SUBJECT, error);
                 continue;
             }
@@ -89,6 +96,7 @@ async fn buildbot(config: &Config, found: &mut Findings) {
                     // These have it in them.
                     MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Refused { .. } => String::new(),
                 };
+                all_well = false;
                 found.problem(SUBJECT, format!("{error}{cure}"));
             }
         }
@@ -99,11 +107,36 @@ async fn buildbot(config: &Config, found: &mut Findings) {
             found.note(SUBJECT, text);
         }
     }
+    // What is wrong with a master is wrong with its builders, and has been said.
+    if !all_well {
+        return;
+    }
+    let settings = Settings { masters: config.buildbot.clone(), file_limit: config.log.file_limit };
+    let Ok(executor) = BuildbotExecutor::new(settings) else { return };
+    for (builder, settings) in builders {
+        match executor.knows(builder, settings).await {
+            Ok(()) => found.ok(SUBJECT, format!("builds of `{builder}` have a builder and a force scheduler there")),
+            Err(why) => found.problem(SUBJECT, format!("builds of `{builder}` cannot start: {why}")),
+        }
+    }
 }
 
 fn kick(config: &Config, found: &mut Findings) {
+    const SUBJECT: &str = "kick";
     let Some(address) = config.kick.listen else { return };
-    found.ok("kick", format!("every connection to {address} is a wake"));
+    match std::net::TcpListener::bind(address) {
+        Ok(_) => found.ok(SUBJECT, format!("every connection to {address} will be a wake")),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let text = format!(
+                "somebody listens on {address} already: if it is not this worker, name another in [kick] listen"
+            );
+            found.note(SUBJECT, text);
+        }
+        Err(error) => {
+            let text = format!("cannot listen on {address}: {error}; name an address of this machine in [kick] listen");
+            found.problem(SUBJECT, text);
+        }
+    }
 }
 
 /// The settings and templates; and a mail to `address`.
@@ -118,6 +151,9 @@ async fn mail(address: Option<&str>, config: &Config, found: &mut Findings) {
         Err(error) => return found.problem(SUBJECT, error.to_string()),
     };
     let place = mailer.describe();
+    if let Err(what) = mailer.look().await {
+        return found.problem(SUBJECT, what);
+    }
     let Some(address) = address else {
         let text = format!("settings and templates are good; `buildreactor check --mail ADDRESS` sends one to {place}");
         return found.ok(SUBJECT, text);

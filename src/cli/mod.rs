@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_level_that_is_none_is_refused() {
-        for good in ["", "info", "WARN", "off", "info,buildreactor::reactor=debug", "warn, tokio_postgres=trace"] {
+        for good in ["", "info", "WARN", "off", "info,buildreactor::reactor=debug", "warn, rustls=trace"] {
             assert!(log_filter(good).is_ok(), "{good}");
         }
         for (bad, level) in

@@ -213,6 +213,18 @@ impl Reader {
                 &least,
             );
         }
+        if self.config.mail.password_file.is_some() && self.config.mail.user.is_none() {
+            let place = self.places.get(&("mail", "password_file"));
+            let place = place.map_or_else(String::new, |place| format!("{place}: "));
+            self.errors.push(format!("{place}mail.password_file: whose password is it? Add `user`"));
+        }
+        for (name, master) in &self.config.buildbot {
+            if master.password_file.is_some() && master.user.is_none() {
+                self.errors.push(format!(
+                    "buildbot.{name}.password_file: whose password is it? Add `user` to [buildbot.{name}]"
+                ));
+            }
+        }
         if self.config.mail.shows_password() {
             let id = ("mail", "starttls");
             let place = self.places.get(&id).or_else(|| self.places.get(&("mail", "user")));

@@ -219,7 +219,11 @@ fn masters_have_sections_of_their_own() {
     };
     assert_eq!(masters["big-1"], expected);
     for key in super::buildbot::KEYS {
-        let other = if key.name == "url" { "" } else { "url = \"http://h\"\n" };
+        let other = match key.name {
+            "url" => "",
+            "password_file" => "url = \"http://h\"\nuser = \"u\"\n",
+            _ => "url = \"http://h\"\n",
+        };
         accepts(&format!("[buildbot.m]\n{other}{} = {}\n", key.name, key.example));
     }
     refuses(
@@ -238,6 +242,14 @@ fn masters_have_sections_of_their_own() {
              `https://` or `http://`, for example `url = \"http://localhost:8010\"`",
             "FILE:10: buildbot.e.url: `h:8010` is no such address, it must be an address that begins with \
              `https://` or `http://`, for example `url = \"http://localhost:8010\"`",
+        ],
+    );
+    let nobodys = "[buildbot.main]\nurl = \"http://h\"\npassword_file = \"/p\"\n[mail]\npassword_file = \"/p\"";
+    refuses(
+        nobodys,
+        &[
+            "FILE:5: mail.password_file: whose password is it? Add `user`",
+            "buildbot.main.password_file: whose password is it? Add `user` to [buildbot.main]",
         ],
     );
     refuses_variable(

@@ -80,18 +80,20 @@ pub struct Asked {
     pub deletes_builds: bool,
 }
 
-/// Looks at everything that a worker needs of the database and adds what it sees to `found`.
+/// Looks at everything that a worker needs of the database and adds what it sees to `found`. Comes back with the builders whose builds run on
+/// masters that it knows: name and `settings`.
 ///
 /// # Errors
 /// No connection, or it was lost on the way. A statement that the server refuses is a finding.
-pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Result<()> {
+pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Result<Vec<(String, String)>> {
     let session = Session::open(info).await?;
     let client = &session.client;
     // Sessions before all that prepares statements: behind transaction pooling those fail in confusing ways.
     if !connection(client, info, found).await? || !sessions_are_ours(&session, info, found).await {
         found.note("the rest", "was not looked at, because of the problem above");
-        return Ok(());
+        return Ok(Vec::new());
     }
+    let mut elsewhere = Vec::new();
     let there = schema(client, found).await;
     if keep_on("schema", there, found)?.unwrap_or(true) {
         let outcome = privileges(client, asked, found).await;
@@ -99,7 +101,7 @@ pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Re
         let outcome = triggers(client, found).await;
         keep_on("triggers", outcome, found)?;
         let outcome = masters(client, asked, found).await;
-        keep_on("buildbot", outcome, found)?;
+        elsewhere = keep_on("buildbot", outcome, found)?.unwrap_or_default();
         let outcome = connections(client, asked, found).await;
         keep_on("connections", outcome, found)?;
     }
@@ -107,7 +109,7 @@ pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Re
     keep_on("timeouts", outcome, found)?;
     let outcome = durability(client, found).await;
     keep_on("durability", outcome, found)?;
-    Ok(())
+    Ok(elsewhere)
 }
 
 /// What the server refused is a finding, and comes back as `None`.
@@ -324,22 +326,25 @@ async fn triggers(client: &Client, found: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// Builders that this worker could not build for, for want of a master.
-async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result<()> {
-    for row in rows(client, sql::MASTERS, &[(&asked.masters, Type::TEXT_ARRAY)]).await? {
+/// Builders that this worker could not build for, for want of a master; comes back with the others.
+async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result<Vec<(String, String)>> {
+    const SUBJECT: &str = "buildbot";
+    let params: [(&(dyn ToSql + Sync), Type); 2] = [(&asked.masters, Type::TEXT_ARRAY), (&asked.worker, Type::TEXT)];
+    for row in rows(client, sql::MASTERS, &params).await? {
         let (builders, master): (&str, Option<&str>) = (row.get("builders"), row.get("master"));
-        let text = match master {
-            Some(master) => {
-                format!("there is no section [buildbot.{master}] here: other workers have to build {builders}")
-            }
-            None if asked.masters.is_empty() => {
-                format!("there is no section [buildbot.NAME] here: other workers have to build {builders}")
-            }
+        let lack = match master {
+            Some(master) => format!("there is no section [buildbot.{master}] here"),
+            None if asked.masters.is_empty() => "there is no section [buildbot.NAME] here".to_owned(),
             None => format!("there is more than one master here, and the settings of {builders} name none"),
         };
-        found.note("buildbot", text);
+        if row.get("others") {
+            found.note(SUBJECT, format!("{lack}: other workers have to build {builders}"));
+        } else {
+            found.problem(SUBJECT, format!("{lack}, and there is no other worker that could build {builders}"));
+        }
     }
-    Ok(())
+    let builders = rows(client, sql::ON_MASTERS, &params[..1]).await?;
+    Ok(builders.iter().map(|row| (row.get("name"), row.get("settings"))).collect())
 }
 
 /// The worker's name, and room for the connections of all workers.

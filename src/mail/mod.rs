@@ -8,6 +8,7 @@ mod templates;
 mod text;
 
 use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -90,6 +91,27 @@ impl Mailer {
         match (&self.way, &self.settings.url) {
             (Way::Folder(folder), _) => format!("files in `{}`", folder.display()),
             (Way::Smtp(_) | Way::Sendmail(_), url) => url.as_ref().map(ToString::to_string).unwrap_or_default(),
+        }
+    }
+
+    /// Whether what it needs on this machine is there now: a password, the program, the folder.
+    ///
+    /// # Errors
+    /// What is not; for people.
+    pub async fn look(&self) -> Result<(), String> {
+        match &self.way {
+            Way::Smtp(smtp) => smtp.look().await,
+            Way::Sendmail(program) => {
+                let there = tokio::fs::metadata(program).await;
+                let there =
+                    there.map_err(|error| format!("cannot call `{}` ([mail] url): {error}", program.display()))?;
+                if !there.is_file() || there.permissions().mode() & 0o111 == 0 {
+                    return Err(format!("`{}` ([mail] url) is no program", program.display()));
+                }
+                Ok(())
+            }
+            // Made when it is needed.
+            Way::Folder(_) => Ok(()),
         }
     }
 

@@ -191,6 +191,14 @@ impl Smtp {
         Ok(())
     }
 
+    /// Whether there is a password for a user who needs one.
+    pub(super) async fn look(&self) -> Result<(), String> {
+        if self.user.is_some() {
+            self.password().await?;
+        }
+        Ok(())
+    }
+
     /// Read anew for each connection: files with tokens are renewed.
     async fn password(&self) -> Result<String, String> {
         let file = match &self.password_file {

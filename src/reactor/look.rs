@@ -71,9 +71,8 @@ impl Reactor {
             }
         };
         if everything {
-            let (candidates, before) = (&self.candidates, self.unready.len());
-            self.unready.retain(|builder, _| candidates.rank(builder).is_some());
-            self.unready_news |= self.unready.len() < before;
+            let candidates = &self.candidates;
+            self.unready.retain(|builder| candidates.rank(builder).is_some());
         }
         let tend = everything || now >= self.timers.lost;
         if tend || control {
@@ -113,7 +112,7 @@ impl Reactor {
         if tend {
             self.not_accepting = short_of_disk(self.shared.folders.root(), self.shared.settings.min_free_disk);
         }
-        let told = self.said_not_accepting == self.not_accepting.is_some() && !self.unready_news;
+        let told = self.said_not_accepting == self.not_accepting.is_some() && !self.unready.has_news();
         if everything || control || !told {
             // Through another connection: its trouble is not this one's.
             if let Err(error) = self.report_in().await {
@@ -158,10 +157,10 @@ impl Reactor {
         let hello = &self.shared.hello;
         let accepting = self.not_accepting.is_none();
         let detail = self.not_accepting.clone().unwrap_or_else(|| self.shared.executors.detail());
-        let unready = &self.unready;
+        let unready = self.unready.all();
         let heard =
             self.shared.database.hello(hello, state, Some(&detail), accepting, unready, !self.said_hello).await?;
-        self.unready_news = false;
+        self.unready.reported();
         self.said_not_accepting = !accepting;
         self.others = heard.others;
         if heard.drain && self.leaving.is_none() {

@@ -11,8 +11,9 @@ mod outage;
 mod schedule;
 mod scheduler;
 mod scribe;
+mod unready;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ use self::herald::Herald;
 use self::lost::Lost;
 pub use self::outage::{Outage, backoff};
 use self::scheduler::{Scheduler, Tended};
+use self::unready::Unready;
 use crate::database::queries::Hello;
 use crate::database::watch::Snapshot;
 use crate::database::{Database, DatabaseError, News, Watch};
@@ -145,10 +147,7 @@ pub struct Reactor {
     not_accepting: Option<String>,
     /// Whether `workers` says that nothing is claimed.
     said_not_accepting: bool,
-    /// Builders whose builds could not be started here at the last try, each with the reason, for `workers.unready`.
-    unready: BTreeMap<String, String>,
-    /// It has changed since it was reported.
-    unready_news: bool,
+    unready: Unready,
     /// Until when these are not asked about again.
     held: HashMap<String, Instant>,
     settling: Settling,
@@ -225,8 +224,7 @@ impl Reactor {
             failed: false,
             not_accepting: None,
             said_not_accepting: false,
-            unready: BTreeMap::new(),
-            unready_news: false,
+            unready: Unready::default(),
             held: HashMap::new(),
             settling: Settling::No,
             scheduler: Scheduler::new(now),
@@ -286,7 +284,7 @@ impl Reactor {
             }
             self.wait(None).await;
         }
-        let none = BTreeMap::new();
+        let none = std::collections::BTreeMap::new();
         let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false, &none, false);
         if self.said_hello
             && let Err(error) = goodbye.await
@@ -392,7 +390,7 @@ impl Reactor {
         self.claimed(&builder);
         self.short_of_locks.remove(&builder);
         self.candidates.remove(id.build);
-        self.ready(&builder);
+        self.unready.remove(&builder);
         if self.leaving == Some(Order::Stop) {
             stop.give_back();
         }
@@ -458,17 +456,17 @@ impl Reactor {
                 let hold = if took > SLOW { SILENT } else { BUSY_ELSEWHERE };
                 self.held.insert(builder.to_owned(), Instant::now() + hold);
                 self.block(builder, hold);
-                self.unready_news |= self.unready.insert(builder.to_owned(), why.clone()) != Some(why);
+                self.unready.insert(builder, why);
             }
             Done::BuilderBusy => {
                 self.claimed(builder);
-                self.ready(builder);
+                self.unready.remove(builder);
                 self.short_of_locks.remove(builder);
                 self.block(builder, BUSY_ELSEWHERE);
             }
             Done::LocksBusy => {
                 self.claimed(builder);
-                self.ready(builder);
+                self.unready.remove(builder);
                 self.block(builder, BUSY_ELSEWHERE);
                 self.short_of_locks.insert(builder.to_owned());
             }
@@ -509,11 +507,6 @@ impl Reactor {
                 self.wake_others();
             }
         }
-    }
-
-    /// A build of this builder could be started, as far as its executor goes.
-    fn ready(&mut self, builder: &str) {
-        self.unready_news |= self.unready.remove(builder).is_some();
     }
 
     fn unblock(&mut self) {

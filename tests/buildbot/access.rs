@@ -230,7 +230,8 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
     let db = Db::new().await;
     db.execute(
         "INSERT INTO builders (name, executor, settings) VALUES
-         ('here', 'buildbot', '{\"master\": \"main\"}'), ('there', 'buildbot', '{\"master\": \"other\"}'), ('unsaid', 'buildbot', '{}')",
+         ('ok', 'buildbot', '{\"master\": \"main\"}'), ('there', 'buildbot', '{\"master\": \"other\"}'), ('unsaid', 'buildbot', '{}'),
+         ('late', 'buildbot', '{\"master\": \"main\", \"builder\": \"ok\", \"scheduler\": \"nightly\"}')",
     )
     .await;
     let folder = temp_dir();
@@ -241,12 +242,15 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
     let closed = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap();
     let login = |file: &Path| format!("user = \"bot\"\npassword_file = \"{}\"", file.display());
     let url = buildbot.url();
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let kick = std::cell::RefCell::new(closed.to_string());
     let check = async |config: &str| {
+        let kick = kick.borrow().clone();
         let env = [
             ("BUILDREACTOR_CONFIG", config),
             ("BUILDREACTOR_WORKER_STATE_DIR", state.as_str()),
             ("BUILDREACTOR_WORKER_MIN_FREE_DISK", "0"),
-            ("BUILDREACTOR_KICK_LISTEN", "127.0.0.1:7999"),
+            ("BUILDREACTOR_KICK_LISTEN", kick.as_str()),
         ];
         let (code, lines) = command(&["check", "--database", &db.url()], &env).await;
         let about = |line: &String| line.contains(" buildbot: ") || line.contains(" kick: ");
@@ -254,17 +258,35 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
     };
 
     let (code, lines) = check(&buildbot.config_at(&url, &login(&good))).await;
-    let expected = [
-        "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`".to_owned(),
+    let mut expected = [
+        "PROBLEM  buildbot: there is no section [buildbot.other] here, and there is no other worker that could build `there`".to_owned(),
         format!("ok       buildbot: master `main` at {url} is Buildbot 4.3.0; logged in as `bot`"),
-        "ok       kick: every connection to 127.0.0.1:7999 is a wake".to_owned(),
+        "PROBLEM  buildbot: builds of `late` cannot start: master `main` has no force scheduler `nightly`".to_owned(),
+        "ok       buildbot: builds of `ok` have a builder and a force scheduler there".to_owned(),
+        "PROBLEM  buildbot: builds of `unsaid` cannot start: master `main` has no builder `unsaid`".to_owned(),
+        format!("ok       kick: every connection to {closed} will be a wake"),
     ];
-    assert_eq!((code, lines), (Some(0), expected.to_vec()));
+    assert_eq!((code, lines), (Some(1), expected.to_vec()));
+
+    // There is somebody else now, and all that this one has to build can be.
+    db.execute("DELETE FROM builders WHERE name IN ('late', 'unsaid'); INSERT INTO workers (name, host, pid, slots, version) VALUES ('x', 'h', 1, 1, '1')").await;
+    kick.replace(taken.local_addr().unwrap().to_string());
+    let (code, lines) = check(&buildbot.config_at(&url, &login(&good))).await;
+    expected[0] =
+        "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`".to_owned();
+    expected[5] = format!(
+        "note     kick: somebody listens on {} already: if it is not this worker, name another in [kick] listen",
+        kick.borrow()
+    );
+    assert_eq!((code, lines), (Some(0), [0, 1, 3, 5].map(|line| expected[line].clone()).to_vec()));
+    db.execute("INSERT INTO builders (name, executor, settings) VALUES ('unsaid', 'buildbot', '{}')").await;
+    // An address for documents, which no machine has.
+    kick.replace("192.0.2.1:7999".to_owned());
 
     let others = format!(
         "{}\n[buildbot.open]\nurl = \"{url}\"\n[buildbot.off]\nurl = \"http://{closed}\"\n\
          [buildbot.untrusted]\nurl = \"https://localhost\"\nca_file = \"/nonexistent/ca.pem\"\n\
-         [buildbot.far]\nurl = \"http://192.0.2.1:8010\"\n{}",
+         [buildbot.far]\nurl = \"http://0.0.0.0:1\"\n{}",
         login(&bad),
         login(&good),
     );
@@ -272,7 +294,8 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
     assert_eq!(code, Some(1), "{lines:#?}");
     for expected in [
         "note     buildbot: there is no section [buildbot.other] here: other workers have to build `there`",
-        "note     buildbot: there is more than one master here, and the settings of `unsaid` name none",
+        "note     buildbot: there is more than one master here, and the settings of `unsaid` name none: other workers have to build `unsaid`",
+        "PROBLEM  kick: cannot listen on 192.0.2.1:7999: Cannot assign requested address",
         "PROBLEM  buildbot: master `main` refuses user `bot`: wrong user or password",
         &format!("ok       buildbot: master `open` at {url} is Buildbot 4.3.0; nobody is logged in"),
         &format!(

@@ -347,6 +347,31 @@ async fn check_sends_a_test_mail_and_says_why_not() {
     assert!(code == Some(1) && said.contains("`ann` is no mail address"), "{said}");
     let (code, said) = check(&[("BUILDREACTOR_MAIL_URL", "smtp://localhost".to_owned())], &[]).await;
     assert!(code == Some(1) && said.contains("[mail] from is missing"), "{said}");
+    // What the first mail would stumble over.
+    let with = |more: &[(&'static str, &str)]| {
+        let mut env = settings(&mailbox);
+        env.extend(more.iter().map(|(key, value)| (*key, (*value).to_owned())));
+        env
+    };
+    let unknown = ("BUILDREACTOR_MAIL_USER", "bot");
+    for (more, why) in [
+        (
+            &[unknown][..],
+            "[mail] user is set, but neither password_file nor BUILDREACTOR_MAIL_PASSWORD nor a credential",
+        ),
+        (
+            &[unknown, ("BUILDREACTOR_MAIL_PASSWORD_FILE", "/nonexistent")],
+            "cannot read the password for mail in `/nonexistent`",
+        ),
+        (
+            &[("BUILDREACTOR_MAIL_URL", "sendmail:/nonexistent")],
+            "cannot call `/nonexistent` ([mail] url): No such file",
+        ),
+        (&[("BUILDREACTOR_MAIL_URL", "sendmail:/etc/passwd")], "`/etc/passwd` ([mail] url) is no program"),
+    ] {
+        let (code, said) = check(&with(more), &[]).await;
+        assert!(code == Some(1) && said.contains(why), "{said}");
+    }
 }
 
 #[tokio::test]

@@ -46,12 +46,20 @@ pub(super) const TRIGGERS: &str = "
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
     WHERE c.relnamespace = (SELECT o.relnamespace FROM pg_class o WHERE o.oid = to_regclass('build_queue'))";
 
-/// $1 text[]: the Buildbot masters that this worker knows. Builders that ask for others, or for none where there is not exactly one.
+/// $1 text[]: the Buildbot masters that this worker knows. $2 text: its name. Builders that ask for others, or for none where there is not
+/// exactly one; and whether there are other workers.
 pub(super) const MASTERS: &str = "
-    SELECT settings ->> 'master' AS master, string_agg('`' || name || '`', ', ' ORDER BY name) AS builders
+    SELECT settings ->> 'master' AS master, string_agg('`' || name || '`', ', ' ORDER BY name) AS builders,
+           EXISTS (SELECT FROM workers w WHERE w.name <> $2 AND w.state <> 'stopped') AS others
     FROM builders
     WHERE executor = 'buildbot' AND CASE WHEN settings ? 'master' THEN NOT settings ->> 'master' = ANY ($1) ELSE cardinality($1) <> 1 END
     GROUP BY 1 ORDER BY 1";
+
+/// $1 text[]: the Buildbot masters that this worker knows. Builders that run there.
+pub(super) const ON_MASTERS: &str = "
+    SELECT name, settings::text AS settings FROM builders
+    WHERE executor = 'buildbot' AND CASE WHEN settings ? 'master' THEN settings ->> 'master' = ANY ($1) ELSE cardinality($1) = 1 END
+    ORDER BY name";
 
 /// $1 text: this worker. Who uses its name, by the lock that a living daemon holds (`NAME_LOCK_CLASS`), and the slots of all others.
 pub(super) const WORKERS: &str = "

@@ -117,6 +117,18 @@ impl BuildbotExecutor {
         }
     }
 
+    /// Whether builder and scheduler are on their master, and it lets us see them. `builder`: name and `builders.settings`.
+    ///
+    /// # Errors
+    /// What is not there; for people. Nothing of a master that is away.
+    pub async fn knows(&self, builder: &str, settings: &str) -> Result<(), String> {
+        let target = Target::of(settings, builder)?;
+        match self.farm(&target)?.place(&target.builder, &target.scheduler).await {
+            Err(error) if !error.is_outage() => Err(error.to_string()),
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
     async fn is_ready(&self, builder: &Builder, candidates: &[BuildId]) -> Result<(), String> {
         if let Some(refusal) = self.refused().get(&builder.name)
             && Instant::now() < refusal.until
