@@ -45,11 +45,11 @@ GRANT INSERT ON build_queue TO :"submitter";
 GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
 
 -- build_operator is a submitter who may also cancel, retry, prioritize, pause, resume and drain, by the functions alone, and change
--- schedules. Not what a builder runs, nor results, nor the history.
+-- schedules and who gets mail. Not what a builder runs, nor results, nor the history.
 GRANT :"submitter" TO :"operator";
 GRANT EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
     resume_builder(text), drain_worker(text), retry_mail(bigint), discard_mail(bigint) TO :"operator";
-GRANT INSERT, UPDATE, DELETE ON build_schedules TO :"operator";
+GRANT INSERT, UPDATE, DELETE ON build_schedules, build_subscriptions TO :"operator";
 
 -- build_worker is for daemons: they claim (which needs UPDATE on the queue), record, write logs and report in.
 -- They only read builders: a worker that was broken into cannot change what the others run.

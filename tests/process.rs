@@ -205,8 +205,16 @@ async fn what_the_machinery_breaks_is_tried_again_and_not_called_a_failure() {
         .await;
     assert_eq!(waits, [true, true]);
 
-    let (_, told) = run(&db, "#!/no/such/interpreter\n").await;
-    assert!(told.starts_with("error|attempt 3 of 3 broke: cannot start `"), "{told}");
+    let (_, told) = run(&db, "#!/no/such/interpreter -e\n").await;
+    assert_eq!(
+        told,
+        "error|attempt 3 of 3 broke: cannot start the script: there is no `/no/such/interpreter` on this machine, which its first line names"
+    );
+    let (_, told) = run(&db, "#!/bin/sh\r\ntrue\r\n").await;
+    assert!(
+        told.ends_with("which its first line names: the script has line ends of Windows, take the CR away"),
+        "{told}"
+    );
 
     db.builder("flaky", "[ $BUILD_ATTEMPT -ge 2 ]").await;
     db.execute("UPDATE builders SET retry_failed = 2 WHERE name = 'flaky'").await;

@@ -91,7 +91,7 @@ async fn buildbot(config: &Config, builders: &[(String, String)], found: &mut Fi
             Err(error) => {
                 let cure = match error {
                     MasterError::NotReached(_) | MasterError::Unreachable(_) => {
-                        format!(": is [buildbot.{name}] url = \"{}\" its web interface, and does it run?", settings.url)
+                        format!(": is [buildbot.{name}] url its web interface, and does it run?")
                     }
                     // These have it in them.
                     MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Refused { .. } => String::new(),

@@ -69,6 +69,9 @@ async fn print(arguments: &Arguments, config: &Config) -> anyhow::Result<ExitCod
         if !arguments.follow {
             if build.attempt == 0 {
                 printer.say(format!("build {id} has no attempt yet: it is {}{why}", build.state));
+            } else if printer.seq == 0 {
+                printer
+                    .say(format!("attempt {attempt} of build {id} has no output; the build is {}{why}", build.state));
             }
             return Ok(ExitCode::SUCCESS);
         }

@@ -179,7 +179,7 @@ static KEYS: &[Key] = &[
     Key {
         section: "kick",
         name: "listen",
-        must: "an address and a port from 1 to 65535",
+        must: "an IP address and a port from 1 to 65535",
         example: "\"127.0.0.1:7999\"",
         set: |c, v| v.socket_address().map(|address| c.kick.listen = Some(address)),
     },
@@ -195,24 +195,8 @@ pub(super) fn sections() -> Vec<&'static str> {
 /// The candidate that `name` was probably meant to be: at most one letter in three differs.
 pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates
-        .map(|candidate| (distance(name, candidate), candidate))
+        .map(|candidate| (strsim::osa_distance(name, candidate), candidate))
         .min()
         .filter(|(distance, candidate)| *distance <= (candidate.len() / 3).max(1))
         .map(|(_, candidate)| candidate)
-}
-
-/// How many letters to insert, delete or replace (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }

@@ -82,6 +82,14 @@ fn without_file_and_environment_all_is_default() {
 }
 
 #[test]
+fn letters_that_changed_places_are_one_slip() {
+    for (name, meant) in [("ulr", "url"), ("mial", "mail"), ("pol", "poll"), ("wroker", "worker")] {
+        assert_eq!(super::keys::nearest(name, ["url", "mail", "poll", "worker"].into_iter()), Some(meant));
+    }
+    assert_eq!(super::keys::nearest("xyz", ["url", "mail"].into_iter()), None);
+}
+
+#[test]
 fn every_key_is_read_from_the_file() {
     let config = accepts(
         r#"

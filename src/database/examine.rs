@@ -184,7 +184,8 @@ async fn connection(client: &Client, info: &ConnInfo, found: &mut Findings) -> R
     const ADVICE: &str = "while a build runs, no dead row of its whole database can be vacuumed; give buildreactor a database of its own";
     let others: i64 = row.get("others");
     if others > 0 {
-        found.note("database", format!("`{dbname}` also holds {others} other tables: {ADVICE}"));
+        let tables = if others == 1 { "table" } else { "tables" };
+        found.note("database", format!("`{dbname}` also holds {others} other {tables}: {ADVICE}"));
     } else if dbname == "postgres" {
         found.note("database", format!("`postgres` is everybody's: {ADVICE}"));
     } else {

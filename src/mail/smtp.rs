@@ -156,6 +156,11 @@ impl Smtp {
             StartTls::Opportunistic => connection.can_starttls(),
             StartTls::Never => false,
         };
+        if wanted && !connection.can_starttls() {
+            return Err(Failure::Unreachable(format!(
+                "{place}: it offers no STARTTLS, which [mail] starttls requires"
+            )));
+        }
         if wanted {
             let upgrade = connection.starttls(self.parameters.clone(), &self.hello);
             within("STARTTLS", step, upgrade).await.map_err(failed)?;

@@ -524,8 +524,14 @@ impl<'a> Attempt<'a> {
                 self.shared.herald.event(id, builder, &self.job.worker, &recorded.state, "retried");
             }
             None => {
-                tracing::info!(build.id = %id.build, build.attempt = id.attempt, builder, duration_ms,
-                    "build {id} of {builder} {}{why}", recorded.state);
+                // Nobody's code is to blame, and its author hears nothing of it.
+                if recorded.state == "error" {
+                    tracing::warn!(build.id = %id.build, build.attempt = id.attempt, builder, duration_ms,
+                        "build {id} of {builder} ended in error{why}");
+                } else {
+                    tracing::info!(build.id = %id.build, build.attempt = id.attempt, builder, duration_ms,
+                        "build {id} of {builder} {}{why}", recorded.state);
+                }
                 self.shared.herald.event(id, builder, &self.job.worker, &recorded.state, "finished");
             }
         }

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Gate, HOUR, builder, command, queue, request_of, shared, waiting, waits_because, worker};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use crate::support::buildbot::Buildbot;
 use crate::support::{Daemon, Db, TempDir, smtp, temp_dir, wait_for};
 
@@ -90,7 +92,7 @@ async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
     let id = queue(&db, "ok", "{}").await;
     waits_because(&db, "no worker of builder `ok` is connected to master `main`").await;
     buildbot.kill_master();
-    waits_because(&db, "master `main` cannot be reached: Connection refused").await;
+    waits_because(&db, &format!("master `main` cannot be reached at `{}`: Connection refused", buildbot.url())).await;
     assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 0);
     buildbot.start_master().await;
     buildbot.start_worker(1);
@@ -299,7 +301,7 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
         "PROBLEM  buildbot: master `main` refuses user `bot`: wrong user or password",
         &format!("ok       buildbot: master `open` at {url} is Buildbot 4.3.0; nobody is logged in"),
         &format!(
-            "PROBLEM  buildbot: master `off` cannot be reached: Connection refused (os error 111): is [buildbot.off] url = \"http://{closed}\" its web interface, and does it run?"
+            "PROBLEM  buildbot: master `off` cannot be reached at `http://{closed}`: Connection refused (os error 111): is [buildbot.off] url its web interface, and does it run?"
         ),
         "PROBLEM  buildbot: [buildbot.untrusted] ca_file: cannot use `/nonexistent/ca.pem`: ",
         "PROBLEM  buildbot: master `far` ",
@@ -314,9 +316,10 @@ async fn without_a_master_its_builds_wait_with_a_reason_and_nothing_else_does() 
     let db = Db::new().await;
     builder(&db, "far").await;
     db.builder("near", "true").await;
-    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "1")]).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_SLOTS", "1")]).await;
     db.execute("INSERT INTO build_queue (builder, priority) VALUES ('far', 9), ('far', 9)").await;
     waits_because(&db, "no worker that may take it has a section [buildbot.NAME]").await;
+    daemon.says("builds of far wait: no worker that may take it has a section [buildbot.NAME]").await;
     for _ in 0..20 {
         let id = db.enqueue("near").await;
         assert_eq!(db.finished(id).await, "passed");
@@ -325,4 +328,47 @@ async fn without_a_master_its_builds_wait_with_a_reason_and_nothing_else_does() 
         db.one::<i64>("SELECT count(*) FROM builds WHERE builder = 'far' AND state = 'queued' AND attempt = 0").await,
         2
     );
+    assert_eq!(daemon.times_said("builds of far wait"), 1, "however often it is asked");
+}
+
+/// What answers each request in this way.
+async fn web_server(answer: &'static str) -> String {
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 4096];
+            if stream.read(&mut request).await.is_ok() {
+                let _gone = stream.write_all(answer.as_bytes()).await;
+            }
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn what_is_no_buildbot_is_said_to_be_none() {
+    let page = web_server(
+        "HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 31\r\n\r\n<!DOCTYPE html><h1>Oh no!</h1>\n",
+    )
+    .await;
+    let moved = "HTTP/1.1 301 Moved Permanently\r\nLocation: https://ci.example.org/\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+    let moved = web_server(moved).await;
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let config = folder.path().join("b.toml");
+    std::fs::write(&config, format!("[buildbot.page]\nurl = \"{page}\"\n[buildbot.moved]\nurl = \"{moved}\"")).unwrap();
+    db.execute(
+        "INSERT INTO builders (name, executor, settings) VALUES
+         ('page', 'buildbot', '{\"master\": \"page\"}'), ('moved', 'buildbot', '{\"master\": \"moved\"}');
+         INSERT INTO build_queue (builder) VALUES ('page'), ('moved')",
+    )
+    .await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_CONFIG", config.to_str().unwrap())]).await;
+    for why in [
+        format!("master `page` answers 404 Not Found at `{page}`: with a web page, not as Buildbot's API does"),
+        format!("`{moved}` redirects to `https://ci.example.org/`: [buildbot.moved] url has to be the address itself"),
+    ] {
+        waits_because(&db, &why).await;
+    }
 }

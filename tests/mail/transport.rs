@@ -244,7 +244,7 @@ async fn tls_is_required_where_it_is_and_taken_where_it_is_offered() {
     env.push(("BUILDREACTOR_MAIL_STARTTLS", "required".to_owned()));
     let mut daemon = start(&db, &env).await;
     build(&db, "linux", PASS).await;
-    db.wait("SELECT state = 'waiting' AND last_error ILIKE '%STARTTLS%' FROM build_mail ORDER BY id DESC LIMIT 1")
+    db.wait("SELECT state = 'waiting' AND last_error LIKE '%: it offers no STARTTLS, which [mail] starttls requires' FROM build_mail ORDER BY id DESC LIMIT 1")
         .await;
     assert!(plain.got().is_empty());
     daemon.stop().await;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, COOKIE, HeaderMap, SET_COOKIE};
+use reqwest::header::{ACCEPT, COOKIE, HeaderMap, LOCATION, SET_COOKIE};
 use reqwest::{Client, RequestBuilder, Response, StatusCode, redirect};
 use rustls::crypto::ring;
 use rustls::pki_types::CertificateDer;
@@ -179,13 +179,13 @@ impl Master {
     /// Safe.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let url = format!("{}/api/v2/{path}", self.url);
-        let Answer { status, body, .. } = self.exchange(|client| client.get(&url), &|| true).await?;
+        let Answer { status, headers, body } = self.exchange(|client| client.get(&url), &|| true).await?;
         // Of the master's own words; what stands before it may say so while it restarts.
         if status == StatusCode::NOT_FOUND && serde_json::from_slice::<Value>(&body).is_ok() {
             return Err(MasterError::NotFound(format!("master `{}` has no {path}", self.name)));
         }
         if !status.is_success() {
-            return Err(self.unexpected(status, &body));
+            return Err(self.unexpected(status, &headers, &body));
         }
         serde_json::from_slice(&body).map_err(|error| {
             MasterError::Unreachable(format!(
@@ -241,7 +241,11 @@ impl Master {
         let url = format!("{}/sse/listen/{path}", self.url);
         let sent = tokio::time::timeout(ANSWER, self.request(&|client| client.get(&url)).send()).await;
         let response = sent.map_err(|_| self.silent())?.map_err(|error| self.unreachable(&error))?;
-        if response.status().is_success() { Ok(response) } else { Err(self.unexpected(response.status(), b"")) }
+        if response.status().is_success() {
+            Ok(response)
+        } else {
+            Err(self.unexpected(response.status(), response.headers(), b""))
+        }
     }
 
     /// What the master says of itself and of us, to anybody.
@@ -251,9 +255,9 @@ impl Master {
     pub async fn about(&self) -> Result<About> {
         self.log_in_if_asked().await?;
         let url = format!("{}/config", self.url);
-        let Answer { status, body, .. } = self.send(self.request(&|client| client.get(&url))).await?;
+        let Answer { status, headers, body } = self.send(self.request(&|client| client.get(&url))).await?;
         if !status.is_success() {
-            return Err(self.unexpected(status, &body));
+            return Err(self.unexpected(status, &headers, &body));
         }
         serde_json::from_slice(&body).map_err(|_| {
             MasterError::Unreachable(format!(
@@ -354,7 +358,7 @@ impl Master {
                 "master `{}` has no users to log in as: leave `user` out of [buildbot.{}]",
                 self.name, self.name
             ))),
-            (status, _) => Err(self.unexpected(status, &answer.body)),
+            (status, _) => Err(self.unexpected(status, &answer.headers, &answer.body)),
         }
     }
 
@@ -382,21 +386,29 @@ impl Master {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> MasterError {
-        // The address is known, and says nothing to those who wait.
         let mut cause: &dyn std::error::Error = error;
         while let Some(next) = cause.source() {
             cause = next;
         }
-        let text = format!("master `{}` cannot be reached: {}", self.name, Chain(cause));
+        let text = format!("master `{}` cannot be reached at `{}`: {}", self.name, self.url, Chain(cause));
         if error.is_connect() { MasterError::NotReached(text) } else { MasterError::Unreachable(text) }
     }
 
-    fn unexpected(&self, status: StatusCode, body: &[u8]) -> MasterError {
+    /// Perhaps not the master answers, but what stands before it, or something else altogether.
+    fn unexpected(&self, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> MasterError {
+        let Master { name, url, .. } = self;
         let text = said(body);
-        match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => self.forbidden(&text),
-            _ => MasterError::Unreachable(format!("master `{}` answers {status}: {text}", self.name)),
+        if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            return self.forbidden(&text);
         }
+        let place = headers.get(LOCATION).and_then(|place| place.to_str().ok());
+        MasterError::Unreachable(match place {
+            Some(place) if status.is_redirection() => format!(
+                "`{url}` redirects to `{}`: [buildbot.{name}] url has to be the address itself",
+                clean_line(place, 200)
+            ),
+            _ => format!("master `{name}` answers {status} at `{url}`: {text}"),
+        })
     }
 
     fn forbidden(&self, text: &str) -> MasterError {
@@ -443,6 +455,9 @@ impl Master {
 
 /// The message in an answer that is an error, in one line.
 fn said(body: &[u8]) -> String {
+    if body.trim_ascii_start().starts_with(b"<") {
+        return "with a web page, not as Buildbot's API does".to_owned();
+    }
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(Value::Object(fields)) => match fields.get("error") {
             Some(Value::String(text)) => text.clone(),

@@ -376,10 +376,23 @@ impl<'a> Guardian<'a> {
 /// # Errors
 /// As a line for people.
 pub fn spawn(command: &mut Command) -> Result<Pid, String> {
-    let child = with_no_signal_blocked(command)
-        .spawn()
-        .map_err(|error| format!("cannot start `{}`: {error}", command.get_program().display()))?;
+    let child = with_no_signal_blocked(command).spawn().map_err(|error| {
+        match missing_interpreter(Path::new(command.get_program())) {
+            Some(why) if error.kind() == std::io::ErrorKind::NotFound => format!("cannot start the script: {why}"),
+            _ => format!("cannot start `{}`: {error}", command.get_program().display()),
+        }
+    })?;
     Ok(Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?))
+}
+
+/// Of a script that is there the kernel says that there is no such file: it means the one in the first line.
+fn missing_interpreter(script: &Path) -> Option<String> {
+    let mut begin = String::new();
+    std::fs::File::open(script).ok()?.take(256).read_to_string(&mut begin).ok()?;
+    let line = begin.strip_prefix("#!")?.split('\n').next()?;
+    let name = line.split_ascii_whitespace().next()?;
+    let cure = if line.ends_with('\r') { ": the script has line ends of Windows, take the CR away" } else { "" };
+    Some(format!("there is no `{name}` on this machine, which its first line names{cure}"))
 }
 
 /// Writes `status` where the keeper, and a later one, finds it: whole or not at all.
