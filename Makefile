@@ -22,7 +22,7 @@ demo-buildbot: ## See it with a real Buildbot: a master, its worker, a PostgreSQ
 test: setup ## Set up, then run all tests
 	@scripts/test.sh
 
-test-versions: ## Tests that speak SQL, on every version of PostgreSQL that we support (half an hour)
+test-versions: ## Tests that speak SQL on PostgreSQL 14, 16, 17 and 18 (ten minutes)
 	@scripts/setup.sh versions
 	@scripts/test.sh 14 16 17 18
 

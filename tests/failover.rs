@@ -15,6 +15,9 @@ use crate::support::{Daemon, Db, TempDir, connect, processes_of, temp_dir, wait_
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 const PING: (&str, &str) = ("BUILDREACTOR_LEASE_PING", "500ms");
+/// Longer than all of it may take.
+const LEASE: (&str, &str) = ("BUILDREACTOR_LEASE_LEASE", "10m");
+const GRACE: (&str, &str) = ("BUILDREACTOR_LEASE_GRACE", "11m");
 
 async fn server(dir: &Path, settings: &[(&str, &str)]) -> Server {
     let mut options = Options { dir: Some(dir.to_owned()), tcp_port: Some(0), ..Options::default() };
@@ -81,7 +84,7 @@ impl Pair {
         let postmaster = Pid::from_raw(self.primary.postmaster_pid().unwrap());
         kill(postmaster, Signal::SIGKILL).unwrap();
         let client = connect(&self.replica.url("postgres")).await;
-        client.batch_execute("SELECT pg_promote()").await.unwrap();
+        assert!(client.query_one("SELECT pg_promote()", &[]).await.unwrap().get::<_, bool>(0));
     }
 }
 
@@ -102,11 +105,11 @@ async fn a_build_goes_on_over_a_failover_in_the_same_attempt_and_those_that_wait
         gate.display()
     );
     db.builder("b", &script).await;
-    let mut one = Daemon::start_at(&pair.url(), "one", &[HOUR, PING]).await;
+    let mut one = Daemon::start_at(&pair.url(), "one", &[HOUR, PING, LEASE, GRACE]).await;
     let running = db.enqueue("b").await;
     db.wait("SELECT claim_held FROM running_builds").await;
     wait_for("its script", || async { trace.exists() }).await;
-    let other = Daemon::start_at(&pair.url(), "other", &[HOUR, PING]).await;
+    let other = Daemon::start_at(&pair.url(), "other", &[HOUR, PING, LEASE, GRACE]).await;
     let waiting = db.enqueue("b").await;
     pair.fail_over().await;
     let db = Db::there(&pair.replica).await;
@@ -159,7 +162,7 @@ impl Forgotten {
         })
         .await;
         pair.line.set(Mood { stall_up: true, stall_down: true, ..Mood::default() });
-        let first = Daemon::start_at(&pair.url(), "first", &[HOUR, PING]).await;
+        let first = Daemon::start_at(&pair.url(), "first", &[HOUR, PING, LEASE, GRACE]).await;
         let forgotten = Forgotten { pair, first, folder, id };
         wait_for("its script", || async { forgotten.trace() == format!("first {id}.1\n") }).await;
         assert_eq!(attempts(&db).await, [format!("{id} 1 first running 1")]);
@@ -178,7 +181,7 @@ async fn a_build_whose_start_the_replica_lacks_is_run_by_another_under_the_same_
     let id = run.id;
     // It finds out only when the other has run it.
     let stopped = Stopped::these(vec![run.first.pid()]);
-    let second = Daemon::start_at(&run.pair.url(), "second", &[HOUR, PING]).await;
+    let second = Daemon::start_at(&run.pair.url(), "second", &[HOUR, PING, LEASE, GRACE]).await;
     run.pair.fail_over().await;
     let db = Db::there(&run.pair.replica).await;
     assert_eq!(db.finished(id).await, "failed");
@@ -229,7 +232,7 @@ async fn a_crash_of_a_server_with_synchronous_commit_off_forgets_neither_a_start
         gate.display()
     );
     db.builder("b", &script).await;
-    let mut daemon = Daemon::start(&db, "w", &[HOUR, PING]).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR, PING, LEASE, GRACE]).await;
     let db = Db::there(&server).await;
     assert_eq!(db.one::<String>("SHOW synchronous_commit").await, "off");
     let id = db.enqueue("b").await;

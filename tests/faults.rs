@@ -180,20 +180,26 @@ async fn wrong_configuration_and_unreachable_databases_have_their_exit_codes() {
     assert_eq!(output.status.code(), Some(78));
     assert!(text(&output.stderr).contains("run `buildreactor migrate` first"), "{}", text(&output.stderr));
     let output = buildreactor(&["run", "--embedded", &state, "--database", &db.url()], &[folder_here]);
-    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(78), "{}", text(&output.stderr));
     let output = buildreactor(&["run", "--database", &db.url()], &[folder_here, ("BUILDREACTOR_LOG", "inof")]);
     assert_eq!(output.status.code(), Some(78));
-    assert!(text(&output.stderr).contains("BUILDREACTOR_LOG: `inof` is no level"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("BUILDREACTOR_LOG: `inof` has no level"), "{}", text(&output.stderr));
 
     // Somebody without rights, who would be started again for ever.
     let db = Db::new().await;
     let role = format!("stranger_{}", crate::support::unique());
     db.execute(&format!("CREATE ROLE {role} LOGIN")).await;
     let url = db.url().replace("user=postgres", &format!("user={role}"));
-    for command in ["run", "migrate"] {
-        let output = buildreactor(&[command, "--database", &url], &[folder_here]);
+    let nothing = Db::empty().await;
+    let empty = nothing.url().replace("user=postgres", &format!("user={role}"));
+    for (command, url, cure) in [
+        ("run", &url, "deploy/roles.sql gives them"),
+        ("migrate", &url, "as the owner of the database"),
+        ("migrate", &empty, "as the owner of the database"),
+    ] {
+        let output = buildreactor(&[command, "--database", url], &[folder_here]);
         assert_eq!(output.status.code(), Some(78), "{command}: {}", text(&output.stderr));
-        assert!(text(&output.stderr).contains("deploy/roles.sql"), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains(cure), "{}", text(&output.stderr));
     }
     db.execute(&format!("DROP ROLE {role}")).await;
 }

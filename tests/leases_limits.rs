@@ -133,5 +133,7 @@ async fn a_stopped_guardian_whose_keeper_and_daemon_are_dead_takes_its_namespace
     if db.one::<String>("SELECT detail FROM workers").await == "process trees: PID namespace" {
         drop(daemon);
         nobody_is_left("true", Signal::SIGKILL).await;
+    } else {
+        println!("NOT TESTED, there are no PID namespaces here");
     }
 }

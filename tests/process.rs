@@ -208,11 +208,11 @@ async fn what_the_machinery_breaks_is_tried_again_and_not_called_a_failure() {
     let (_, told) = run(&db, "#!/no/such/interpreter -e\n").await;
     assert_eq!(
         told,
-        "error|attempt 3 of 3 broke: cannot start the script: there is no `/no/such/interpreter` on this machine, which its first line names"
+        "error|attempt 3 of 3 broke: cannot start the script: its first line names `/no/such/interpreter`, which is not on this machine"
     );
     let (_, told) = run(&db, "#!/bin/sh\r\ntrue\r\n").await;
     assert!(
-        told.ends_with("which its first line names: the script has line ends of Windows, take the CR away"),
+        told.ends_with(": cannot start the script: it has line ends of Windows; take the CR at their ends away"),
         "{told}"
     );
 

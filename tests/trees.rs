@@ -62,6 +62,8 @@ enum Mode {
     Namespace,
     Subreaper,
     OrdinaryUser,
+    /// An ordinary user to whom /proc shows nobody else's processes (hidepid).
+    Blind,
 }
 
 /// A worker that runs builds so; none, where this machine cannot.
@@ -74,13 +76,14 @@ struct Worker {
 impl Worker {
     async fn start(mode: Mode, db: &Db, settings: &[(&str, &str)]) -> Option<Worker> {
         let root = nix::unistd::geteuid().is_root();
+        let ordinary = matches!(mode, Mode::OrdinaryUser | Mode::Blind);
         if mode != Mode::OrdinaryUser && !root {
             println!("NOT TESTED, we are not root: {mode:?}");
             return None;
         }
         let folder = temp_dir();
         let mut launch = Launch::default();
-        if root && mode == Mode::OrdinaryUser {
+        if root && ordinary {
             // The one who may enter the folder of the server's socket.
             let owner = std::fs::metadata(server().socket_dir()).unwrap();
             assert_ne!(owner.uid(), 0);
@@ -89,6 +92,19 @@ impl Worker {
             std::fs::copy(PROGRAM, &launch.program).unwrap();
             for path in [folder.path(), &launch.program] {
                 std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            }
+            if mode == Mode::Blind {
+                let Some(becomes_root) = becomes_root(folder.path()) else {
+                    println!("NOT TESTED, there is no setpriv");
+                    return None;
+                };
+                let blind = format!(
+                    "mount -t proc -o hidepid=2 proc /proc; exec setpriv --reuid {} --regid {} --clear-groups \"$@\"",
+                    owner.uid(),
+                    owner.gid()
+                );
+                let more = ["unshare", "--mount", "sh", "-c", &blind, "sh"];
+                launch.before = becomes_root.split(' ').chain(more).map(str::to_owned).collect();
             }
         }
         let namespace = ("BUILDREACTOR_WORKER_PID_NAMESPACE", if mode == Mode::Subreaper { "false" } else { "true" });
@@ -102,7 +118,9 @@ impl Worker {
             }
             Mode::Namespace => {}
             Mode::Subreaper => assert_eq!(detail, "process trees: subreaper ([worker] pid_namespace is false)"),
-            Mode::OrdinaryUser => assert!(detail.starts_with("process trees: subreaper (unshare: "), "{detail}"),
+            Mode::OrdinaryUser | Mode::Blind => {
+                assert!(detail.starts_with("process trees: subreaper (unshare: "), "{detail}")
+            }
         }
         Some(Worker { daemon, _program: folder })
     }
@@ -271,28 +289,36 @@ fn an_order_to_start_that_was_under_way_for_longer_than_the_lease_starts_nothing
     assert!(keeper.wait().unwrap().success());
 }
 
-/// A copy of setpriv with which anybody becomes root, as with sudo. None: there is no setpriv.
-fn becomes_root() -> Option<(TempDir, String)> {
-    let folder = temp_dir();
-    let program = folder.path().join("becomes-root");
+/// A copy of setpriv, in `folder`, with which anybody becomes root, as with sudo. None: there is no setpriv.
+fn becomes_root(folder: &std::path::Path) -> Option<String> {
+    let program = folder.join("becomes-root");
     std::fs::copy("/usr/bin/setpriv", &program).ok()?;
-    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o4755)).unwrap();
-    let command = format!("{} --reuid 0 --regid 0 --clear-groups", program.display());
-    Some((folder, command))
+    Some(format!("{} --reuid 0 --regid 0 --clear-groups", program.display()))
 }
 
 #[tokio::test]
 async fn what_the_worker_may_not_kill_is_given_up_and_counted() {
+    may_not_kill(Mode::OrdinaryUser).await;
+}
+
+#[tokio::test]
+async fn what_the_worker_may_neither_kill_nor_see_is_given_up_and_counted() {
+    may_not_kill(Mode::Blind).await;
+}
+
+async fn may_not_kill(mode: Mode) {
     let db = Db::new().await;
-    let Some((_folder, becomes_root)) = becomes_root() else { return println!("NOT TESTED, there is no setpriv") };
-    let Some(mut worker) = Worker::start(Mode::OrdinaryUser, &db, &[HOUR]).await else { return };
+    let folder = temp_dir();
+    let Some(becomes_root) = becomes_root(folder.path()) else { return println!("NOT TESTED, there is no setpriv") };
     if !nix::unistd::geteuid().is_root() {
         return println!("NOT TESTED, we are not root");
     }
+    let Some(mut worker) = Worker::start(mode, &db, &[HOUR]).await else { return };
     // Beside it one that may be killed, and has to be.
     let script = format!(
-        "setsid sleep 600 &\n{becomes_root} setsid sleep 600 >/dev/null 2>&1 &\nuntil grep -q '^Uid:.0.0.0' /proc/$!/status; do sleep 0.05; done; exit 3"
+        "setsid sleep 600 &\n{becomes_root} setsid sleep 600 >/dev/null 2>&1 &\nwhile kill -0 $!; do sleep 0.05; done; exit 3"
     );
     db.builder("b", &script).await;
     let id = db.enqueue("b").await;

@@ -9,10 +9,11 @@ use nix::unistd::{Uid, User};
 
 use crate::config::{Config, KILL_TIME, Worker};
 use crate::database::SessionLimits;
-use crate::database::examine::{Asked, Finding, Findings, Level, examine};
+use crate::database::examine::{Asked, Finding, Findings, Level, OnMaster, examine};
 use crate::executor::Folders;
 use crate::executor::buildbot::{BuildbotExecutor, Master, MasterError, Settings};
 use crate::mail::Mailer;
+use crate::reactor::eligible;
 use crate::report::Chain;
 
 #[derive(clap::Args)]
@@ -51,7 +52,7 @@ pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCo
 }
 
 /// Comes back with the builders that run on our Buildbot masters.
-async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<Vec<(String, String)>> {
+async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<Vec<OnMaster>> {
     let info = super::conninfo(config)?;
     // As the daemon sets them.
     let limits = SessionLimits { slots: config.worker.slots, claim_idle: config.lease.lease + KILL_TIME };
@@ -60,6 +61,7 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<Vec<(
         limits,
         lease: config.lease.lease,
         masters: config.buildbot.keys().cloned().collect(),
+        labels: config.worker.labels.clone(),
         deletes_builds: config.retention.builds.is_some() || config.retention.builds_per_builder.is_some(),
     };
     Ok(examine(&info, &asked, found).await?)
@@ -67,14 +69,14 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<Vec<(
 
 /// Each master: who it is, and who we are to it; and whether it has what `builders` ask for. Whether it lets us start builds is seen only by
 /// doing so.
-async fn buildbot(config: &Config, builders: &[(String, String)], found: &mut Findings) {
+async fn buildbot(config: &Config, builders: &[OnMaster], found: &mut Findings) {
     const SUBJECT: &str = "buildbot";
-    let mut all_well = true;
+    let mut bad = Vec::new();
     for (name, settings) in &config.buildbot {
         let master = match Master::new(name, settings) {
             Ok(master) => master,
             Err(error) => {
-                all_well = false;
+                bad.push(name.clone());
                 found.problem(SUBJECT, error);
                 continue;
             }
@@ -90,13 +92,17 @@ async fn buildbot(config: &Config, builders: &[(String, String)], found: &mut Fi
             }
             Err(error) => {
                 let cure = match error {
-                    MasterError::NotReached(_) | MasterError::Unreachable(_) => {
+                    MasterError::NotReached(_) => {
                         format!(": is [buildbot.{name}] url its web interface, and does it run?")
                     }
                     // These have it in them.
-                    MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Refused { .. } => String::new(),
+                    MasterError::Unreachable(_)
+                    | MasterError::Login(_)
+                    | MasterError::NotFound(_)
+                    | MasterError::Busy(_)
+                    | MasterError::Refused { .. } => String::new(),
                 };
-                all_well = false;
+                bad.push(name.clone());
                 found.problem(SUBJECT, format!("{error}{cure}"));
             }
         }
@@ -108,14 +114,19 @@ async fn buildbot(config: &Config, builders: &[(String, String)], found: &mut Fi
         }
     }
     // What is wrong with a master is wrong with its builders, and has been said.
-    if !all_well {
-        return;
-    }
-    let settings = Settings { masters: config.buildbot.clone(), file_limit: config.log.file_limit };
+    let good = config.buildbot.clone().into_iter().filter(|(name, _)| !bad.contains(name));
+    let settings = Settings { masters: good.collect(), file_limit: config.log.file_limit };
     let Ok(executor) = BuildbotExecutor::new(settings) else { return };
-    for (builder, settings) in builders {
+    let ours = |builder: &str| config.worker.builders.iter().any(|pattern| eligible::matches(pattern, builder));
+    let to_ask = builders.iter().filter(|elsewhere| ours(&elsewhere.name) && !bad.contains(&elsewhere.master));
+    for OnMaster { name: builder, settings, master } in to_ask {
         match executor.knows(builder, settings).await {
-            Ok(()) => found.ok(SUBJECT, format!("builds of `{builder}` have a builder and a force scheduler there")),
+            Ok(()) => {
+                found.ok(
+                    SUBJECT,
+                    format!("builds of `{builder}` have a builder and a force scheduler on master `{master}`"),
+                );
+            }
             Err(why) => found.problem(SUBJECT, format!("builds of `{builder}` cannot start: {why}")),
         }
     }
@@ -133,7 +144,7 @@ fn kick(config: &Config, found: &mut Findings) {
             found.note(SUBJECT, text);
         }
         Err(error) => {
-            let text = format!("cannot listen on {address}: {error}; name an address of this machine in [kick] listen");
+            let text = format!("cannot listen on {address}: {error}; name another address or port in [kick] listen");
             found.problem(SUBJECT, text);
         }
     }

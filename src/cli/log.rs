@@ -70,8 +70,10 @@ async fn print(arguments: &Arguments, config: &Config) -> anyhow::Result<ExitCod
             if build.attempt == 0 {
                 printer.say(format!("build {id} has no attempt yet: it is {}{why}", build.state));
             } else if printer.seq == 0 {
-                printer
-                    .say(format!("attempt {attempt} of build {id} has no output; the build is {}{why}", build.state));
+                printer.say(format!(
+                    "attempt {attempt} of build {id} has no output in the database; the build is {}{why}",
+                    build.state
+                ));
             }
             return Ok(ExitCode::SUCCESS);
         }

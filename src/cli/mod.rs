@@ -15,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::config::{self, Config};
+use crate::database::migrate::MigrateError;
 use crate::database::{ConnInfo, DatabaseError};
 use crate::model::BuildId;
 use crate::report::Chain;
@@ -53,8 +54,8 @@ BUILDREACTOR_LOG sets how much the daemon logs: error, warn, info (default), deb
 
 const CHECK_HELP: &str = "Exit codes: 0 no PROBLEM; 1 a PROBLEM line; 69 database unreachable; 78 the configuration file, or what it says of the database.";
 const RUN_HELP: &str = "\
-Exit codes: 0 left as it was told; 69, 75 try again later: the database, the folder or the worker's name;
-78 not before somebody has changed configuration, schema or rights; `buildreactor check` says what.";
+Exit codes: 0 left as it was told; 2 wrong command line; 69, 70, 75 start it again: the database, a bug, the folder or the
+worker's name; 78 not before somebody has changed configuration, schema or rights; `buildreactor check` says what.";
 const WATCH_HELP: &str = "\
 Exit codes with ID: 0 it passed; 1 it did not; 66 there is no such build; 69 database unreachable; 78 wrong configuration or schema;
 130 interrupted: nobody knows.";
@@ -86,16 +87,12 @@ enum Command {
 
 /// Exit codes, as in sysexits.h.
 mod exit {
-    pub const USAGE: u8 = 2;
     pub const NO_INPUT: u8 = 66;
     pub const UNAVAILABLE: u8 = 69;
     pub const SOFTWARE: u8 = 70;
     pub const TEMPFAIL: u8 = 75;
     pub const CONFIG: u8 = 78;
 }
-
-/// SQLSTATE insufficient_privilege.
-const RIGHTS: &str = "42501";
 
 /// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
@@ -108,10 +105,8 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("buildreactor: {}", Chain(error.as_ref()));
-            if of_database(&error).and_then(DatabaseError::sqlstate) == Some(RIGHTS) {
-                eprintln!(
-                    "buildreactor: `buildreactor check` says which rights are missing, and deploy/roles.sql gives them"
-                );
+            if let Some(cure) = cure(&error) {
+                eprintln!("buildreactor: {cure}");
             }
             ExitCode::from(exit_code(&error))
         }
@@ -173,13 +168,20 @@ fn is_passing(error: &std::io::Error) -> bool {
     )
 }
 
-/// What the database had to do with it, through errors that show it as their own.
-fn of_database(error: &anyhow::Error) -> Option<&DatabaseError> {
+/// Whose help it takes.
+fn cure(error: &anyhow::Error) -> Option<&'static str> {
     use crate::daemon::DaemonError;
-    use crate::database::migrate::MigrateError;
-    match (error.downcast_ref(), error.downcast_ref()) {
-        (Some(DaemonError::Database(error)), _) | (_, Some(MigrateError::Database(error))) => Some(error),
-        _ => error.downcast_ref(),
+    if let Some(error) = error.downcast_ref::<MigrateError>() {
+        return error.is_forbidden().then_some("migrate as the owner of the database, not as a worker");
+    }
+    match error.downcast_ref() {
+        Some(DaemonError::Folder { source, .. }) if !is_passing(source) => {
+            Some("`buildreactor check` says what would help")
+        }
+        Some(DaemonError::Database(error)) if error.is_forbidden() => {
+            Some("`buildreactor check` says which rights are missing, and deploy/roles.sql gives them")
+        }
+        _ => None,
     }
 }
 
@@ -188,8 +190,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     if let Some(refused) = error.downcast_ref::<Refused>() {
         return match refused {
             Refused::NoSuchBuild(_) => exit::NO_INPUT,
-            Refused::Log(_) => exit::CONFIG,
-            Refused::TwoDatabases => exit::USAGE,
+            Refused::Log(_) | Refused::TwoDatabases => exit::CONFIG,
         };
     }
     if error.is::<config::ConfigErrors>() || error.is::<crate::database::conninfo::ConnInfoError>() {
@@ -210,9 +211,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             DaemonError::Signals(_) => exit::SOFTWARE,
         };
     }
-    if let Some(error) = error.downcast_ref::<crate::database::migrate::MigrateError>() {
-        use crate::database::migrate::MigrateError;
+    if let Some(error) = error.downcast_ref::<MigrateError>() {
         return match error {
+            error if error.is_forbidden() => exit::CONFIG,
             MigrateError::Database(error) => database_exit_code(error),
             MigrateError::Newer { .. } | MigrateError::NoSchema => exit::CONFIG,
             MigrateError::Migration(_) => 1,
@@ -231,7 +232,7 @@ fn database_exit_code(error: &DatabaseError) -> u8 {
             if error.is_transient() { exit::UNAVAILABLE } else { exit::CONFIG }
         }
         DatabaseError::Statement { .. } if error.sqlstate().is_none() => exit::UNAVAILABLE,
-        DatabaseError::Statement { .. } if error.sqlstate() == Some(RIGHTS) => exit::CONFIG,
+        DatabaseError::Statement { .. } if error.is_forbidden() => exit::CONFIG,
         DatabaseError::Statement { .. } | DatabaseError::Unexpected { .. } => 1,
     }
 }
@@ -251,15 +252,16 @@ fn start_log(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `EnvFilter` takes a level that is misspelt for a room of which everything is logged, and logs nothing else.
+/// `EnvFilter` takes a level that is misspelt for a room of which everything is logged, and logs nothing else; blanks confuse it.
 fn log_filter(text: &str) -> Result<EnvFilter, Refused> {
-    for directive in text.split(',').map(str::trim).filter(|directive| !directive.is_empty()) {
+    let directives: Vec<&str> = text.split(',').map(str::trim).filter(|directive| !directive.is_empty()).collect();
+    for directive in &directives {
         let level = directive.rsplit('=').next().unwrap_or(directive);
-        if level.parse::<LevelFilter>().is_err() {
-            return Err(Refused::Log(format!("`{level}` is no level")));
+        if level.is_empty() || level.parse::<LevelFilter>().is_err() {
+            return Err(Refused::Log(format!("`{directive}` has no level")));
         }
     }
-    EnvFilter::builder().parse(text).map_err(|error| Refused::Log(Chain(&error).to_string()))
+    EnvFilter::builder().parse(directives.join(",")).map_err(|error| Refused::Log(Chain(&error).to_string()))
 }
 
 #[cfg(test)]
@@ -268,14 +270,23 @@ mod tests {
 
     #[test]
     fn a_level_that_is_none_is_refused() {
-        for good in ["", "info", "WARN", "off", "info,buildreactor::reactor=debug", "warn, rustls=trace"] {
-            assert!(log_filter(good).is_ok(), "{good}");
+        for (given, taken) in [
+            ("info", "info"),
+            ("WARN", "warn"),
+            ("off", "off"),
+            ("info,buildreactor::reactor=debug", "buildreactor::reactor=debug,info"),
+            (" warn , rustls=trace", "rustls=trace,warn"),
+        ] {
+            assert_eq!(log_filter(given).map(|filter| filter.to_string()).ok().as_deref(), Some(taken), "{given}");
         }
-        for (bad, level) in
-            [("inof", "inof"), ("info,buildreactor::reactor=debgu", "debgu"), ("buildreactor", "buildreactor")]
-        {
+        for (bad, directive) in [
+            ("inof", "inof"),
+            ("info,buildreactor::reactor=debgu", "buildreactor::reactor=debgu"),
+            ("buildreactor", "buildreactor"),
+            ("info,buildreactor=", "buildreactor="),
+        ] {
             let refusal = log_filter(bad).err().map(|error| error.to_string());
-            assert!(refusal.is_some_and(|text| text.contains(&format!("`{level}` is no level"))), "{bad}");
+            assert!(refusal.is_some_and(|text| text.contains(&format!("`{directive}` has no level"))), "{bad}");
         }
     }
 }

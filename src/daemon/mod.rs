@@ -48,7 +48,7 @@ pub enum DaemonError {
     #[error("{0}")]
     Schema(String),
     /// The state folder cannot be used.
-    #[error("cannot use `{folder}` ([worker] state_dir): {source}; `buildreactor check` says what would help")]
+    #[error("cannot use `{folder}` ([worker] state_dir): {source}")]
     Folder {
         /// The folder.
         folder: String,

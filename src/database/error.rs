@@ -2,7 +2,7 @@
 
 use deadpool_postgres::PoolError;
 
-use super::conninfo::ConnInfoError;
+use super::conninfo::{ConnInfo, ConnInfoError};
 
 /// A failed step, named for the person who reads the log.
 #[derive(Debug, thiserror::Error)]
@@ -80,20 +80,25 @@ pub enum DatabaseError {
     },
 }
 
+/// SQLSTATE insufficient_privilege.
+pub(super) const FORBIDDEN: &str = "42501";
+
 impl DatabaseError {
-    /// No connection to `place`.
-    pub(super) fn connect(place: String, source: tokio_postgres::Error) -> DatabaseError {
-        if wants_password(&source) {
+    /// No connection.
+    pub(super) fn connect(info: &ConnInfo, source: tokio_postgres::Error) -> DatabaseError {
+        let place = info.describe();
+        if wants_password(info, &source) {
             DatabaseError::NoPassword { place }
         } else {
             DatabaseError::Connect { place, source }
         }
     }
 
-    /// No connection to `place` from a pool.
-    pub(super) fn pool(place: String, source: PoolError) -> DatabaseError {
+    /// No connection from a pool.
+    pub(super) fn pool(info: &ConnInfo, source: PoolError) -> DatabaseError {
+        let place = info.describe();
         match source {
-            PoolError::Backend(error) if wants_password(&error) => DatabaseError::NoPassword { place },
+            PoolError::Backend(error) if wants_password(info, &error) => DatabaseError::NoPassword { place },
             source => DatabaseError::Pool { place, source: Box::new(source) },
         }
     }
@@ -115,6 +120,11 @@ impl DatabaseError {
             | DatabaseError::NoSchema { .. }
             | DatabaseError::Unexpected { .. } => None,
         }
+    }
+
+    /// Whether the server says that our role may not (insufficient_privilege).
+    pub fn is_forbidden(&self) -> bool {
+        self.sqlstate() == Some(FORBIDDEN)
     }
 
     /// Whether the same may work later without anybody changing anything: no connection, server starting or stopping,
@@ -143,7 +153,8 @@ impl DatabaseError {
     }
 }
 
-/// The driver has no other way to ask.
-fn wants_password(error: &tokio_postgres::Error) -> bool {
-    std::error::Error::source(error).is_some_and(|cause| cause.to_string() == "password missing")
+/// The driver has no other way to ask. Of several hosts it tells the error of the last alone: the others may only be away.
+fn wants_password(info: &ConnInfo, error: &tokio_postgres::Error) -> bool {
+    let missing = std::error::Error::source(error).is_some_and(|cause| cause.to_string() == "password missing");
+    missing && info.config().get_ports().len().max(info.config().get_hosts().len()) <= 1
 }

@@ -76,16 +76,29 @@ pub struct Asked {
     pub lease: Duration,
     /// Buildbot masters that it knows.
     pub masters: Vec<String>,
+    /// `[worker] labels`.
+    pub labels: Vec<String>,
     /// Whether `[retention]` has it delete builds.
     pub deletes_builds: bool,
 }
 
-/// Looks at everything that a worker needs of the database and adds what it sees to `found`. Comes back with the builders whose builds run on
-/// masters that it knows: name and `settings`.
+/// A builder whose builds run on a Buildbot master.
+#[derive(Clone, Debug)]
+pub struct OnMaster {
+    /// `builders.name`.
+    pub name: String,
+    /// `builders.settings`.
+    pub settings: String,
+    /// Which.
+    pub master: String,
+}
+
+/// Looks at everything that a worker needs of the database and adds what it sees to `found`. Comes back with the builders that its labels
+/// let it build for on masters that it knows.
 ///
 /// # Errors
 /// No connection, or it was lost on the way. A statement that the server refuses is a finding.
-pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Result<Vec<(String, String)>> {
+pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Result<Vec<OnMaster>> {
     let session = Session::open(info).await?;
     let client = &session.client;
     // Sessions before all that prepares statements: behind transaction pooling those fail in confusing ways.
@@ -328,7 +341,7 @@ async fn triggers(client: &Client, found: &mut Findings) -> Result<()> {
 }
 
 /// Builders that this worker could not build for, for want of a master; comes back with the others.
-async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result<Vec<(String, String)>> {
+async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result<Vec<OnMaster>> {
     const SUBJECT: &str = "buildbot";
     let params: [(&(dyn ToSql + Sync), Type); 2] = [(&asked.masters, Type::TEXT_ARRAY), (&asked.worker, Type::TEXT)];
     for row in rows(client, sql::MASTERS, &params).await? {
@@ -338,14 +351,19 @@ async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result
             None if asked.masters.is_empty() => "there is no section [buildbot.NAME] here".to_owned(),
             None => format!("there is more than one master here, and the settings of {builders} name none"),
         };
-        if row.get("others") {
-            found.note(SUBJECT, format!("{lack}: other workers have to build {builders}"));
+        let who = if row.get("others") {
+            ": other workers have to build"
         } else {
-            found.problem(SUBJECT, format!("{lack}, and there is no other worker that could build {builders}"));
-        }
+            ", and no other worker is registered that could build"
+        };
+        found.note(SUBJECT, format!("{lack}{who} {builders}"));
     }
-    let builders = rows(client, sql::ON_MASTERS, &params[..1]).await?;
-    Ok(builders.iter().map(|row| (row.get("name"), row.get("settings"))).collect())
+    let params: [(&(dyn ToSql + Sync), Type); 2] =
+        [(&asked.masters, Type::TEXT_ARRAY), (&asked.labels, Type::TEXT_ARRAY)];
+    let builders = rows(client, sql::ON_MASTERS, &params).await?;
+    let on_master =
+        |row: &Row| OnMaster { name: row.get("name"), settings: row.get("settings"), master: row.get("master") };
+    Ok(builders.iter().map(on_master).collect())
 }
 
 /// The worker's name, and room for the connections of all workers.

@@ -113,6 +113,25 @@ pub enum MigrateError {
     },
 }
 
+impl MigrateError {
+    /// Whether the server says that our role may not.
+    pub fn is_forbidden(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = match self {
+            MigrateError::Database(error) => return error.is_forbidden(),
+            MigrateError::Migration(error) => Some(error.as_ref()),
+            MigrateError::Newer { .. } | MigrateError::NoSchema | MigrateError::Locked { .. } => None,
+        };
+        while let Some(error) = cause {
+            let state = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
+            if state.is_some_and(|state| state.code() == super::error::FORBIDDEN) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    }
+}
+
 /// Brings the schema up to this program's version. Safe to run twice, and many at once. Builds may run meanwhile: a claim
 /// holds ROW SHARE on `build_queue` alone, which conflicts with none of the locks taken here.
 ///

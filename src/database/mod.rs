@@ -118,7 +118,7 @@ impl Database {
         tokio::time::timeout(LIMIT, pool.get())
             .await
             .map_err(|_| DatabaseError::NoAnswer { step: "get a connection", after: LIMIT })?
-            .map_err(|source| DatabaseError::pool(self.info.describe(), source))
+            .map_err(|source| DatabaseError::pool(&self.info, source))
     }
 }
 
@@ -171,7 +171,7 @@ async fn connect(
     client_config(info, application_name)
         .connect(info.tls()?)
         .await
-        .map_err(|source| DatabaseError::connect(info.describe(), source))
+        .map_err(|source| DatabaseError::connect(info, source))
 }
 
 /// Runs a step with [`ANSWER_TIME`].

@@ -3,7 +3,7 @@
 
 pub mod attempt;
 pub mod candidates;
-mod eligible;
+pub mod eligible;
 pub mod herald;
 mod look;
 mod lost;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// Builders whose executor was not ready at the last try, each with the reason: for `workers.unready`, and once for the log.
+/// Builders whose executor was not ready at the last try, each with the reason, for `workers.unready`.
 #[derive(Debug, Default)]
 pub struct Unready {
     why: BTreeMap<String, String>,
@@ -12,19 +12,12 @@ pub struct Unready {
 impl Unready {
     /// Its builds cannot start.
     pub fn insert(&mut self, builder: &str, why: String) {
-        let before = self.why.insert(builder.to_owned(), why.clone());
-        if before.is_none() {
-            tracing::info!(builder, "builds of {builder} wait: {why}");
-        }
-        self.news |= before != Some(why);
+        self.news |= self.why.insert(builder.to_owned(), why.clone()) != Some(why);
     }
 
     /// A build of it could be started, as far as its executor goes.
     pub fn remove(&mut self, builder: &str) {
-        if self.why.remove(builder).is_some() {
-            tracing::info!(builder, "builds of {builder} can start again");
-            self.news = true;
-        }
+        self.news |= self.why.remove(builder).is_some();
     }
 
     /// Forgets those of which nothing waits any more.

@@ -42,7 +42,7 @@ async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
          ('mute', 'buildbot', '{\"builder\": \"ok\", \"scheduler\": \"mute\"}')",
     )
     .await;
-    let _daemon = worker(&db, "w", &buildbot.config()).await;
+    let mut daemon = worker(&db, "w", &buildbot.config()).await;
     for (name, why) in [
         ("nobody", "master `main` has no builder `nobody`"),
         ("elsewhere", "no worker that may take it has a section [buildbot.other]"),
@@ -91,12 +91,16 @@ async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
     }
     let id = queue(&db, "ok", "{}").await;
     waits_because(&db, "no worker of builder `ok` is connected to master `main`").await;
+    daemon.says("builds of ok wait: no worker of builder `ok` is connected to master `main`").await;
     buildbot.kill_master();
     waits_because(&db, &format!("master `main` cannot be reached at `{}`: Connection refused", buildbot.url())).await;
     assert_eq!(db.one::<i32>(&format!("SELECT attempt FROM builds WHERE id = {id}")).await, 0);
+    daemon.says("builds of ok wait: master `main` cannot be reached").await;
     buildbot.start_master().await;
     buildbot.start_worker(1);
     assert_eq!(db.finished(id).await, "passed");
+    daemon.says("builds of ok start again").await;
+    assert!(!daemon.has_said("is busy"), "nothing to mend");
 }
 
 #[tokio::test]
@@ -261,10 +265,10 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
 
     let (code, lines) = check(&buildbot.config_at(&url, &login(&good))).await;
     let mut expected = [
-        "PROBLEM  buildbot: there is no section [buildbot.other] here, and there is no other worker that could build `there`".to_owned(),
+        "note     buildbot: there is no section [buildbot.other] here, and no other worker is registered that could build `there`".to_owned(),
         format!("ok       buildbot: master `main` at {url} is Buildbot 4.3.0; logged in as `bot`"),
         "PROBLEM  buildbot: builds of `late` cannot start: master `main` has no force scheduler `nightly`".to_owned(),
-        "ok       buildbot: builds of `ok` have a builder and a force scheduler there".to_owned(),
+        "ok       buildbot: builds of `ok` have a builder and a force scheduler on master `main`".to_owned(),
         "PROBLEM  buildbot: builds of `unsaid` cannot start: master `main` has no builder `unsaid`".to_owned(),
         format!("ok       kick: every connection to {closed} will be a wake"),
     ];
@@ -281,7 +285,11 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
         kick.borrow()
     );
     assert_eq!((code, lines), (Some(0), [0, 1, 3, 5].map(|line| expected[line].clone()).to_vec()));
-    db.execute("INSERT INTO builders (name, executor, settings) VALUES ('unsaid', 'buildbot', '{}')").await;
+    db.execute(
+        "INSERT INTO builders (name, executor, settings, labels) VALUES ('unsaid', 'buildbot', '{}', '{}'),
+         ('nobody', 'buildbot', '{\"master\": \"open\"}', '{}'), ('not-ours', 'buildbot', '{\"master\": \"open\"}', '{arm}')",
+    )
+    .await;
     // An address for documents, which no machine has.
     kick.replace("192.0.2.1:7999".to_owned());
 
@@ -303,12 +311,15 @@ async fn check_says_of_each_master_who_it_is_or_what_is_wrong_with_it() {
         &format!(
             "PROBLEM  buildbot: master `off` cannot be reached at `http://{closed}`: Connection refused (os error 111): is [buildbot.off] url its web interface, and does it run?"
         ),
+        // One that is away, or wrong, keeps nobody from looking at the others.
+        "PROBLEM  buildbot: builds of `nobody` cannot start: master `open` does not allow it without a user",
         "PROBLEM  buildbot: [buildbot.untrusted] ca_file: cannot use `/nonexistent/ca.pem`: ",
         "PROBLEM  buildbot: master `far` ",
         "note     buildbot: others on the network can read the password for master `far`: ",
     ] {
         assert!(lines.iter().any(|line| line.starts_with(expected)), "no {expected} in {lines:#?}");
     }
+    assert!(!lines.iter().any(|line| line.contains("`ok`") || line.contains("`not-ours`")), "{lines:#?}");
 }
 
 #[tokio::test]
@@ -331,14 +342,15 @@ async fn without_a_master_its_builds_wait_with_a_reason_and_nothing_else_does() 
     assert_eq!(daemon.times_said("builds of far wait"), 1, "however often it is asked");
 }
 
-/// What answers each request in this way.
-async fn web_server(answer: &'static str) -> String {
+/// What answers requests in this way, each by its first line.
+async fn web_server(answer: fn(&str) -> &'static str) -> String {
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut request = [0; 4096];
-            if stream.read(&mut request).await.is_ok() {
+            if let Ok(length) = stream.read(&mut request).await {
+                let answer = answer(&String::from_utf8_lossy(&request[..length]));
                 let _gone = stream.write_all(answer.as_bytes()).await;
             }
         }
@@ -349,11 +361,11 @@ async fn web_server(answer: &'static str) -> String {
 #[tokio::test]
 async fn what_is_no_buildbot_is_said_to_be_none() {
     let page = web_server(
-        "HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 31\r\n\r\n<!DOCTYPE html><h1>Oh no!</h1>\n",
+        |_| "HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 31\r\n\r\n<!DOCTYPE html><h1>Oh no!</h1>\n",
     )
     .await;
-    let moved = "HTTP/1.1 301 Moved Permanently\r\nLocation: https://ci.example.org/\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
-    let moved = web_server(moved).await;
+    const MOVED: &str = "HTTP/1.1 301 Moved Permanently\r\nLocation: https://ci.example.org/?state=8f3a\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+    let moved = web_server(|_| MOVED).await;
     let db = Db::new().await;
     let folder = temp_dir();
     let config = folder.path().join("b.toml");
@@ -366,9 +378,33 @@ async fn what_is_no_buildbot_is_said_to_be_none() {
     .await;
     let _daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_CONFIG", config.to_str().unwrap())]).await;
     for why in [
-        format!("master `page` answers 404 Not Found at `{page}`: with a web page, not as Buildbot's API does"),
-        format!("`{moved}` redirects to `https://ci.example.org/`: [buildbot.moved] url has to be the address itself"),
+        format!("master `page` answers 404 Not Found at `{page}`: (a web page)"),
+        format!(
+            "`{moved}` redirects to `https://ci.example.org/`, which is not followed: correct [buildbot.moved] url"
+        ),
     ] {
         waits_because(&db, &why).await;
     }
+
+    // A proxy whose master has just gone.
+    let half = web_server(|request| {
+        if request.starts_with("GET /config ") {
+            "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 35\r\n\r\n{\"versions\":[[\"Buildbot\",\"4.3.0\"]]}"
+        } else {
+            "HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 6\r\n\r\n<html>"
+        }
+    })
+    .await;
+    std::fs::write(&config, format!("[buildbot.page]\nurl = \"{half}\"")).unwrap();
+    let state = temp_dir();
+    let env = [
+        ("BUILDREACTOR_CONFIG", config.to_str().unwrap()),
+        ("BUILDREACTOR_WORKER_STATE_DIR", state.path().to_str().unwrap()),
+        ("BUILDREACTOR_WORKER_MIN_FREE_DISK", "0"),
+    ];
+    let (code, lines) = command(&["check", "--database", &db.url()], &env).await;
+    let expected = format!(
+        "PROBLEM  buildbot: builds of `page` cannot start: master `page` answers 502 Bad Gateway at `{half}`: (a web page)"
+    );
+    assert!(code == Some(1) && lines.contains(&expected), "{lines:#?}");
 }

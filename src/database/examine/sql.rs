@@ -55,10 +55,10 @@ pub(super) const MASTERS: &str = "
     WHERE executor = 'buildbot' AND CASE WHEN settings ? 'master' THEN NOT settings ->> 'master' = ANY ($1) ELSE cardinality($1) <> 1 END
     GROUP BY 1 ORDER BY 1";
 
-/// $1 text[]: the Buildbot masters that this worker knows. Builders that run there.
+/// $1 text[]: the Buildbot masters that this worker knows. $2 text[]: its labels. Builders that it may build for there.
 pub(super) const ON_MASTERS: &str = "
-    SELECT name, settings::text AS settings FROM builders
-    WHERE executor = 'buildbot' AND CASE WHEN settings ? 'master' THEN settings ->> 'master' = ANY ($1) ELSE cardinality($1) = 1 END
+    SELECT name, settings::text AS settings, coalesce(settings ->> 'master', $1[1]) AS master FROM builders
+    WHERE executor = 'buildbot' AND labels <@ $2 AND CASE WHEN settings ? 'master' THEN settings ->> 'master' = ANY ($1) ELSE cardinality($1) = 1 END
     ORDER BY name";
 
 /// $1 text: this worker. Who uses its name, by the lock that a living daemon holds (`NAME_LOCK_CLASS`), and the slots of all others.

@@ -148,9 +148,9 @@ impl Farm {
         if counted < most {
             return Ok(());
         }
-        refused(format!(
+        Err(MasterError::Busy(format!(
             "builder `{builder}` on master `{name}` is busy ({counted} waiting or running there, {most} allowed)"
-        ))
+        )))
     }
 }
 

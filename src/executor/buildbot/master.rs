@@ -74,6 +74,8 @@ pub enum MasterError {
     Login(String),
     /// There is no such thing on the master.
     NotFound(String),
+    /// It builds for others.
+    Busy(String),
     /// It understood, and refused; nothing was done.
     Refused {
         /// For people.
@@ -89,7 +91,8 @@ impl fmt::Display for MasterError {
             MasterError::NotReached(text)
             | MasterError::Unreachable(text)
             | MasterError::Login(text)
-            | MasterError::NotFound(text) => f.write_str(text),
+            | MasterError::NotFound(text)
+            | MasterError::Busy(text) => f.write_str(text),
             MasterError::Refused { message, .. } => f.write_str(message),
         }
     }
@@ -100,7 +103,9 @@ impl MasterError {
     pub fn is_outage(&self) -> bool {
         match self {
             MasterError::NotReached(_) | MasterError::Unreachable(_) => true,
-            MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Refused { .. } => false,
+            MasterError::Login(_) | MasterError::NotFound(_) | MasterError::Busy(_) | MasterError::Refused { .. } => {
+                false
+            }
         }
     }
 }
@@ -358,6 +363,11 @@ impl Master {
                 "master `{}` has no users to log in as: leave `user` out of [buildbot.{}]",
                 self.name, self.name
             ))),
+            (status, None) if status.is_redirection() => Err(MasterError::Login(format!(
+                "master `{}` has no login with a password, it sends people to `{}`",
+                self.name,
+                elsewhere(&answer.headers).unwrap_or_default()
+            ))),
             (status, _) => Err(self.unexpected(status, &answer.headers, &answer.body)),
         }
     }
@@ -401,11 +411,9 @@ impl Master {
         if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return self.forbidden(&text);
         }
-        let place = headers.get(LOCATION).and_then(|place| place.to_str().ok());
-        MasterError::Unreachable(match place {
+        MasterError::Unreachable(match elsewhere(headers) {
             Some(place) if status.is_redirection() => format!(
-                "`{url}` redirects to `{}`: [buildbot.{name}] url has to be the address itself",
-                clean_line(place, 200)
+                "`{url}` redirects to `{place}`, which is not followed: correct [buildbot.{name}] url, or let its API be reached without that"
             ),
             _ => format!("master `{name}` answers {status} at `{url}`: {text}"),
         })
@@ -453,10 +461,16 @@ impl Master {
     }
 }
 
+/// Where a redirect leads. Without the query: what stands there differs each time, and may be a secret.
+fn elsewhere(headers: &HeaderMap) -> Option<String> {
+    let place = headers.get(LOCATION)?.to_str().ok()?;
+    Some(clean_line(place.split(['?', '#']).next()?, 200))
+}
+
 /// The message in an answer that is an error, in one line.
 fn said(body: &[u8]) -> String {
     if body.trim_ascii_start().starts_with(b"<") {
-        return "with a web page, not as Buildbot's API does".to_owned();
+        return "(a web page)".to_owned();
     }
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(Value::Object(fields)) => match fields.get("error") {

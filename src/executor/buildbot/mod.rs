@@ -58,6 +58,8 @@ pub struct BuildbotExecutor {
     farms: BTreeMap<String, Farm>,
     /// Builders that could not be started.
     refused: Mutex<HashMap<String, Refusal>>,
+    /// What the log says of builders whose builds wait.
+    said: Mutex<HashMap<String, String>>,
 }
 
 struct Refusal {
@@ -95,7 +97,12 @@ impl BuildbotExecutor {
             Ok((name.clone(), Farm::new(Arc::new(master))))
         });
         let farms = farms.collect::<Result<_, String>>()?;
-        Ok(BuildbotExecutor { file_limit: settings.file_limit, farms, refused: Mutex::default() })
+        Ok(BuildbotExecutor {
+            file_limit: settings.file_limit,
+            farms,
+            refused: Mutex::default(),
+            said: Mutex::default(),
+        })
     }
 
     fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<String, Refusal>> {
@@ -117,33 +124,53 @@ impl BuildbotExecutor {
         }
     }
 
-    /// Whether builder and scheduler are on their master, and it lets us see them. `builder`: name and `builders.settings`.
+    fn said(&self) -> std::sync::MutexGuard<'_, HashMap<String, String>> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether builder and scheduler of a builder here are on their master. `settings`: `builders.settings`.
     ///
     /// # Errors
-    /// What is not there; for people. Nothing of a master that is away.
+    /// What is not there, or why it cannot be seen; for people.
     pub async fn knows(&self, builder: &str, settings: &str) -> Result<(), String> {
         let target = Target::of(settings, builder)?;
-        match self.farm(&target)?.place(&target.builder, &target.scheduler).await {
-            Err(error) if !error.is_outage() => Err(error.to_string()),
-            Ok(_) | Err(_) => Ok(()),
-        }
+        let place = self.farm(&target)?.place(&target.builder, &target.scheduler).await;
+        place.map(drop).map_err(|error| error.to_string())
     }
 
     async fn is_ready(&self, builder: &Builder, candidates: &[BuildId]) -> Result<(), String> {
+        match self.could_start(builder, candidates).await {
+            Ok(()) => Ok(()),
+            // Nothing to mend, on a farm that others use too.
+            Err(MasterError::Busy(why)) => Err(why),
+            Err(error) => {
+                let why = error.to_string();
+                if self.said().insert(builder.name.clone(), why.clone()).as_ref() != Some(&why) {
+                    tracing::warn!(builder = builder.name, "builds of {} wait: {why}", builder.name);
+                }
+                Err(why)
+            }
+        }
+    }
+
+    async fn could_start(&self, builder: &Builder, candidates: &[BuildId]) -> Result<(), MasterError> {
+        // Of this daemon's settings and the builder's: no master was asked.
+        let unfit = |message| MasterError::Refused { message, values: false };
         if let Some(refusal) = self.refused().get(&builder.name)
             && Instant::now() < refusal.until
         {
-            return Err(refusal.why.clone());
+            return Err(unfit(refusal.why.clone()));
         }
-        let target = Target::of(&builder.settings, &builder.name)?;
-        let farm = self.farm(&target)?;
+        let target = Target::of(&builder.settings, &builder.name).map_err(unfit)?;
+        let farm = self.farm(&target).map_err(unfit)?;
         let most = usize::try_from(builder.max_running).unwrap_or(1);
         let idle = farm.idle(&target.builder, &target.scheduler, most, candidates);
         // A slot of the worker waits for it.
         let Ok(idle) = tokio::time::timeout(READY, idle).await else {
-            return Err(format!("master `{}` does not answer within {} s", farm.master.name, READY.as_secs()));
+            let text = format!("master `{}` does not answer within {} s", farm.master.name, READY.as_secs());
+            return Err(MasterError::Unreachable(text));
         };
-        idle.map_err(|error| error.to_string())
+        idle
     }
 
     async fn run_request(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
@@ -172,6 +199,9 @@ impl BuildbotExecutor {
         let run = async {
             let request = following.obtain(begin).await?;
             self.refused().remove(&job.builder);
+            if self.said().remove(&job.builder).is_some() {
+                tracing::info!(builder = job.builder, "builds of {} start again", job.builder);
+            }
             Ok(following.follow(request).await)
         };
         let ended = tokio::select! {

@@ -377,22 +377,26 @@ impl<'a> Guardian<'a> {
 /// As a line for people.
 pub fn spawn(command: &mut Command) -> Result<Pid, String> {
     let child = with_no_signal_blocked(command).spawn().map_err(|error| {
-        match missing_interpreter(Path::new(command.get_program())) {
-            Some(why) if error.kind() == std::io::ErrorKind::NotFound => format!("cannot start the script: {why}"),
-            _ => format!("cannot start `{}`: {error}", command.get_program().display()),
-        }
+        let program = command.get_program();
+        let missing = error.kind() == std::io::ErrorKind::NotFound;
+        let first_line = if missing { blame_first_line(Path::new(program)) } else { None };
+        format!("cannot start {}", first_line.unwrap_or_else(|| format!("`{}`: {error}", program.display())))
     })?;
     Ok(Pid::from_raw(i32::try_from(child.id()).map_err(|error| error.to_string())?))
 }
 
-/// Of a script that is there the kernel says that there is no such file: it means the one in the first line.
-fn missing_interpreter(script: &Path) -> Option<String> {
-    let mut begin = String::new();
-    std::fs::File::open(script).ok()?.take(256).read_to_string(&mut begin).ok()?;
+/// Of a script that is there the kernel says that there is no such file: it means the program that the first line names.
+fn blame_first_line(script: &Path) -> Option<String> {
+    let mut begin = Vec::new();
+    std::fs::File::open(script).ok()?.take(256).read_to_end(&mut begin).ok()?;
+    let begin = String::from_utf8_lossy(&begin);
     let line = begin.strip_prefix("#!")?.split('\n').next()?;
+    if line.ends_with('\r') {
+        return Some("the script: it has line ends of Windows; take the CR at their ends away".to_owned());
+    }
     let name = line.split_ascii_whitespace().next()?;
-    let cure = if line.ends_with('\r') { ": the script has line ends of Windows, take the CR away" } else { "" };
-    Some(format!("there is no `{name}` on this machine, which its first line names{cure}"))
+    (!Path::new(name).exists())
+        .then(|| format!("the script: its first line names `{name}`, which is not on this machine"))
 }
 
 /// Writes `status` where the keeper, and a later one, finds it: whole or not at all.

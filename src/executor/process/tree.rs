@@ -69,18 +69,23 @@ fn parent_of(pid: i32) -> Option<i32> {
 /// on its way out, unless it is beside one of theirs, who may never wait for it.
 pub fn left_for_good(pids: &[Pid]) -> Vec<Pid> {
     let mut theirs = Vec::new();
-    for pid in pids.iter().filter(|pid| !is_dead(**pid)) {
-        if kill(*pid, Signal::SIGKILL) != Err(nix::errno::Errno::EPERM) {
-            return Vec::new();
+    for pid in pids {
+        match kill(*pid, Signal::SIGKILL) {
+            // Gone.
+            Err(nix::errno::Errno::ESRCH) => {}
+            _ if is_dead(*pid) => {}
+            Err(nix::errno::Errno::EPERM) => theirs.push(*pid),
+            Ok(()) | Err(_) => return Vec::new(),
         }
-        theirs.push(*pid);
     }
     theirs
 }
 
+/// Dead in all its threads, and not yet waited for. What cannot be seen (another user's, where /proc hides those) is not taken for dead.
 fn is_dead(pid: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rfind(')').is_none_or(|end| stat[end..].starts_with(") Z"))
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    stat.rfind(')').is_some_and(|end| stat[end..].starts_with(") Z")) && threads() <= 1
 }
 
 /// Sends `signal` to every descendant of `root` that `which` names.
