@@ -192,7 +192,8 @@ async fn a_master_behind_tls_is_trusted_by_its_authority_alone() {
     let url = format!("https://localhost:{port}/");
     let mut daemon = worker(&db, "w", &buildbot.config_at(&url, "")).await;
     let id = db.enqueue("ok").await;
-    waits_because(&db, "master `main` cannot be reached: invalid peer certificate").await;
+    let why = format!("master `main` cannot be reached at `https://localhost:{port}`: invalid peer certificate");
+    waits_because(&db, &why).await;
     assert_eq!(daemon.stop().await, Some(0));
     let _daemon = worker(&db, "v", &buildbot.config_at(&url, &format!("ca_file = \"{ca}\""))).await;
     assert_eq!(db.finished(id).await, "passed");
