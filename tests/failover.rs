@@ -93,18 +93,22 @@ async fn attempts(db: &Db) -> Vec<String> {
         .await
 }
 
+/// A script that notes its start in `trace`, and fails once `gate` is there.
+fn until_open(gate: &Path, trace: &Path) -> String {
+    format!(
+        "echo $BUILD_ID.$BUILD_ATTEMPT >> '{}'; while [ ! -e '{}' ]; do sleep 0.05; done; exit 3",
+        trace.display(),
+        gate.display()
+    )
+}
+
 #[tokio::test]
 async fn a_build_goes_on_over_a_failover_in_the_same_attempt_and_those_that_wait_start() {
     let pair = Pair::start(true).await;
     let db = Db::on(&pair.primary).await;
     let folder = temp_dir();
     let (gate, trace) = (folder.path().join("gate"), folder.path().join("trace"));
-    let script = format!(
-        "echo $BUILD_ID.$BUILD_ATTEMPT >> '{}'; while [ ! -e '{}' ]; do sleep 0.05; done; exit 3",
-        trace.display(),
-        gate.display()
-    );
-    db.builder("b", &script).await;
+    db.builder("b", &until_open(&gate, &trace)).await;
     let mut one = Daemon::start_at(&pair.url(), "one", &[HOUR, PING, LEASE, GRACE]).await;
     let running = db.enqueue("b").await;
     db.wait("SELECT claim_held FROM running_builds").await;
@@ -226,12 +230,7 @@ async fn a_crash_of_a_server_with_synchronous_commit_off_forgets_neither_a_start
     let db = Db::on(&server).await;
     db.execute("ALTER DATABASE postgres SET synchronous_commit = off").await;
     let (gate, trace) = (folder.path().join("gate"), folder.path().join("trace"));
-    let script = format!(
-        "echo $BUILD_ID.$BUILD_ATTEMPT >> '{}'; while [ ! -e '{}' ]; do sleep 0.05; done; exit 3",
-        trace.display(),
-        gate.display()
-    );
-    db.builder("b", &script).await;
+    db.builder("b", &until_open(&gate, &trace)).await;
     let mut daemon = Daemon::start(&db, "w", &[HOUR, PING, LEASE, GRACE]).await;
     let db = Db::there(&server).await;
     assert_eq!(db.one::<String>("SHOW synchronous_commit").await, "off");

@@ -75,6 +75,17 @@ async fn a_daemon_that_comes_back_goes_on_with_the_request() {
     assert_eq!(request_of(&db, buildbot, id).await.len(), 1);
 }
 
+/// Small numbers, within the rule that grace is the lease and 10 s for the killing.
+fn short_lease(config: &str) -> [(&'static str, &str); 5] {
+    [
+        HOUR,
+        ("BUILDREACTOR_CONFIG", config),
+        ("BUILDREACTOR_LEASE_PING", "1s"),
+        ("BUILDREACTOR_LEASE_LEASE", "3s"),
+        ("BUILDREACTOR_LEASE_GRACE", "13s"),
+    ]
+}
+
 #[tokio::test]
 async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
     let Some(buildbot) = shared().await else { return };
@@ -82,13 +93,7 @@ async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
     builder(&db, "wait").await;
     db.execute("UPDATE builders SET max_running = 10").await;
     let config = buildbot.config();
-    let lease = [
-        HOUR,
-        ("BUILDREACTOR_CONFIG", config.as_str()),
-        ("BUILDREACTOR_LEASE_PING", "1s"),
-        ("BUILDREACTOR_LEASE_LEASE", "3s"),
-        ("BUILDREACTOR_LEASE_GRACE", "13s"),
-    ];
+    let lease = short_lease(&config);
     let mut first = Daemon::start(&db, "first", &lease).await;
     let gate = Gate::shut();
     let id = gate.started(&db, "wait").await;
@@ -323,13 +328,7 @@ async fn a_daemon_that_is_held_up_between_claim_and_question_does_not_ask() {
     db.execute("UPDATE builders SET max_running = 10").await;
     let network = Proxy::to_server(&server).await;
     let config = buildbot.config();
-    let lease = [
-        HOUR,
-        ("BUILDREACTOR_CONFIG", config.as_str()),
-        ("BUILDREACTOR_LEASE_PING", "1s"),
-        ("BUILDREACTOR_LEASE_LEASE", "3s"),
-        ("BUILDREACTOR_LEASE_GRACE", "13s"),
-    ];
+    let lease = short_lease(&config);
     let mut daemon = Daemon::start_at(&network.url(), "w", &lease).await;
     network.set(Mood { stall_begin: true, ..Mood::default() });
     let id = db.enqueue("ok").await;
