@@ -197,9 +197,7 @@ async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs
                 daemon.says(&format!("cannot claim a build of {name}: cannot start an attempt")).await;
                 assert_eq!(attempts(&db, id).await, Vec::<String>::new());
             }
-            When::BeforeTheAnswer => {
-                daemon.says("given back: the worker ended before it had started the build").await;
-            }
+            When::BeforeTheAnswer => daemon.says("given back: worker `w` has nothing of it").await,
         }
         proxy.set(Mood::default());
         assert_eq!(db.finished(id).await, "passed");
@@ -208,13 +206,38 @@ async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs
         assert_eq!(last, format!("{}|w|passed|0", attempts.len() + 1));
         assert_eq!(attempts.is_empty(), when == When::BeforeTheServer, "{attempts:?}");
         for (n, attempt) in attempts.iter().enumerate() {
-            let given_back = "cancelled|given back: the worker ended before it had started the build";
+            let given_back = "cancelled|given back: worker `w` has nothing of it";
             assert_eq!(*attempt, format!("{}|w|{given_back}", n + 1));
         }
         assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{}\n", attempts.len() + 1), "it ran once");
     }
     assert_eq!(daemon.stop().await, Some(0));
     drop(db);
+}
+
+#[tokio::test]
+async fn an_attempt_that_begins_long_after_its_connection_was_lost_is_found_and_given_back() {
+    let server = server_with_port(&[]).await;
+    let db = Db::on(&server).await;
+    let proxy = Proxy::to_server(&server).await;
+    let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+    db.builder("b", "true").await;
+    db.execute("UPDATE builders SET max_attempts = 1").await;
+    proxy.set(Mood { late_begin: true, ..Mood::default() });
+    let id = db.enqueue("b").await;
+    daemon.says("cannot claim a build of b: cannot start an attempt").await;
+    // The daemon, which tries again and again, cannot have the row; what it had sent before does not need it.
+    let person = db.session().await;
+    person.batch_execute("BEGIN; SELECT FROM build_queue FOR UPDATE").await.unwrap();
+    assert_eq!(attempts(&db, id).await, Vec::<String>::new());
+    proxy.set(Mood::default());
+    db.wait("SELECT state = 'running' FROM builds").await;
+    person.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(attempts(&db, id).await, ["1|w|cancelled|given back: worker `w` has nothing of it", "2|w|passed|0"]);
+    assert!(daemon.has_said("build 1.1 of b began here although its claim had failed"));
+    assert_eq!(daemon.stop().await, Some(0));
+    drop((person, db));
 }
 
 #[tokio::test]

@@ -153,19 +153,8 @@ pub async fn attempt(
                 Err(error) => Done::Failed(error),
             };
         }
-        // Whether the attempt is visible is not known.
-        Err(error) => {
-            drop(claim);
-            return match in_doubt(shared, build).await {
-                Some(job) => {
-                    let stop = Stop::default();
-                    let told = Progress::Started { builder: job.builder.clone(), id: job.id, stop: stop.clone() };
-                    let _told = progress.send(told);
-                    adopt(shared, job, stop).await
-                }
-                None => Done::Failed(error),
-            };
-        }
+        // It may have begun, or still begin: then the reactor finds it, and takes it over.
+        Err(error) => return Done::Failed(error),
     };
     job.dir = shared.folders.attempt(job.id);
     let stop = Stop::default();
@@ -177,28 +166,11 @@ pub async fn attempt(
     Attempt::new(shared, job, pulse, stop, Some(claim)).run(Begin::Start).await
 }
 
-/// The attempt of `build` that began here although nobody was told so. It has not started anything, and is given back.
-async fn in_doubt(shared: &Shared, build: BuildId) -> Option<Job> {
-    let mut pause = Pause(RETAKE);
-    loop {
-        match shared.database.mine(&shared.hello).await {
-            Ok(mine) => {
-                let mut job = mine.into_iter().find(|job| job.id.build == build)?;
-                job.dir = shared.folders.attempt(job.id);
-                return Some(job);
-            }
-            Err(_) => pause.wait().await,
-        }
-    }
-}
-
-/// Goes on with an attempt that this worker was running when its last daemon left.
+/// Goes on with an attempt that this worker was running when its last daemon left, or that began here without an answer.
 ///
 /// # Cancel safety
 /// Not safe, as [`attempt`].
 pub async fn adopt(shared: &Shared, job: Job, stop: Stop) -> Done {
-    tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
-        "build {} of {} is taken over from this worker's last daemon", job.id, job.builder);
     Attempt::new(shared, job, Pulse::now(), stop, None).run(Begin::Adopt).await
 }
 

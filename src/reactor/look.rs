@@ -8,14 +8,16 @@ use super::candidates::EACH;
 use super::eligible::{matches, short_of_disk};
 use super::{AFTER_FAILURE, ASKERS, Active, Finished, LOST, NEW, Order, PROMOTE, Reactor, Stop, adopt, attempt};
 use crate::database::DatabaseError;
-use crate::model::Builder;
+use crate::model::{AttemptId, Builder};
 use crate::report::Chain;
 
 impl Reactor {
     /// Looks at what is due: everything, or what is new.
     pub(super) async fn look(&mut self) -> Result<(), DatabaseError> {
         if self.watch.is_some() && !self.adopted {
-            self.adopt().await?;
+            // Before anything is claimed: these builds have their slots.
+            self.adopt("is taken over from this worker's last daemon", |_| true).await?;
+            self.adopted = true;
         }
         let Some(watch) = &self.watch else { return Ok(()) };
         let now = Instant::now();
@@ -99,6 +101,18 @@ impl Reactor {
                 self.candidates.remove(build.id.build);
             }
             self.timers.lost = now + self.shared.settings.ping.min(LOST);
+            // It began here in a statement that got no answer, and that may have come through long after its connection was lost.
+            let unknown: Vec<AttemptId> = unlocked
+                .iter()
+                .filter(|build| build.worker == self.shared.hello.name && !self.running.contains_key(&build.id))
+                // Its claim under way may be the one that began it.
+                .filter(|build| !self.claiming.contains_key(&build.builder))
+                .map(|build| build.id)
+                .collect();
+            if !unknown.is_empty() && self.leaving.is_none() {
+                self.adopt("began here although its claim had failed: it is taken over", |id| unknown.contains(&id))
+                    .await?;
+            }
             let running = &self.running;
             for lost in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
                 let shared = Arc::clone(&self.shared);
@@ -132,14 +146,16 @@ impl Reactor {
         Ok(())
     }
 
-    /// Takes over what this worker's last daemon left. Before anything is claimed: these builds have their slots.
-    async fn adopt(&mut self) -> Result<(), DatabaseError> {
+    /// Takes over those of the builds that run on this worker, by the database's word, which `are_left`. `how`: for the log.
+    async fn adopt(&mut self, how: &str, are_left: impl Fn(AttemptId) -> bool) -> Result<(), DatabaseError> {
         for mut job in self.shared.database.mine(&self.shared.hello).await? {
             job.dir = self.shared.folders.attempt(job.id);
             // Left alone for `grace`, as another worker's.
-            if crate::executor::process::is_from_elsewhere(&job.dir) {
+            if !are_left(job.id) || crate::executor::process::is_from_elsewhere(&job.dir) {
                 continue;
             }
+            tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
+                "build {} of {} {how}", job.id, job.builder);
             let (stop, shared) = (Stop::default(), Arc::clone(&self.shared));
             self.running.insert(job.id, Active { builder: job.builder.clone(), stop: stop.clone() });
             self.tasks.spawn(async move {
@@ -148,7 +164,6 @@ impl Reactor {
             });
         }
         self.shared.database.room_for_claims(self.running.len());
-        self.adopted = true;
         Ok(())
     }
 

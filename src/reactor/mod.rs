@@ -487,6 +487,8 @@ impl Reactor {
                 self.claimed(builder);
                 tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
                 self.block(builder, AFTER_FAILURE);
+                // It may have begun all the same, and nobody holds it then.
+                self.timers.lost = self.timers.lost.min(Instant::now() + AFTER_FAILURE);
             }
             Done::Left(id) => drop(self.running.remove(&id)),
             Done::Ended { id, recorded } => {

@@ -226,7 +226,7 @@ async fn a_daemon_killed_after_the_force_call_and_before_its_answer_finds_its_re
             When::BeforeTheAnswer => assert_eq!(attempts, ["passed: build successful"]),
             When::BeforeTheServer => assert_eq!(
                 attempts,
-                ["cancelled: given back: the worker ended before it had asked the master", "passed: build successful"]
+                ["cancelled: given back: its master had not been asked for it", "passed: build successful"]
             ),
         }
         assert_eq!(request_of(&db, buildbot, id).await.len(), 1);

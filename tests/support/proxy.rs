@@ -20,6 +20,8 @@ pub struct Mood {
     pub trap: Option<When>,
     /// Closes each connection that begins an attempt, likewise.
     pub trap_begin: Option<When>,
+    /// Cuts off each client that begins an attempt; the server hears of the beginning when this is taken back.
+    pub late_begin: bool,
     /// Stalls with the answer to the next beginning of an attempt.
     pub stall_begin: bool,
     /// Stalls with the next force call to a Buildbot master: before the server has it, or before the client has its answer.
@@ -125,17 +127,31 @@ async fn pass(mut client: TcpStream, server: SocketAddr, orders: watch::Sender<O
     for stream in [&client, &server] {
         stream.set_nodelay(true).unwrap();
     }
+    let late;
     {
         let (client_reads, client_writes) = client.split();
         let (server_reads, server_writes) = server.split();
         let up = pump(client_reads, server_writes, &orders, |mood| mood.stall_up, true);
         let down = pump(server_reads, client_writes, &orders, |mood| mood.stall_down, false);
-        tokio::select! {
+        let up = async { up.await.map_or(Ok(()), Err) };
+        late = tokio::select! {
             // What is broken while it stalls is not delivered, although it stalls no longer.
             biased;
-            _ = heard.wait_for(|orders| orders.breaks != breaks) => {}
-            _ = async { let up = async { if up.await { Err(()) } else { Ok(()) } }; tokio::try_join!(up, async { down.await; Ok(()) }) } => return,
+            _ = heard.wait_for(|orders| orders.breaks != breaks) => None,
+            passed = async { tokio::try_join!(up, async { down.await; Ok(()) }) } => match passed {
+                Ok(_) => return,
+                Err(late) => Some(late),
+            },
+        };
+    }
+    if let Some(late) = late {
+        drop(client);
+        if !late.is_empty() && heard.wait_for(|orders| !orders.mood.late_begin).await.is_ok() {
+            server.write_all(&late).await.unwrap();
+            // Not closed before the server has dealt with it.
+            let _answer = server.read(&mut [0; 1 << 10]).await;
         }
+        return;
     }
     if heard.borrow().how == Break::Reset {
         for stream in [&client, &server] {
@@ -151,21 +167,21 @@ fn bound(message: &[u8]) -> Option<&[u8]> {
     message.strip_prefix(b"B")?.get(4..)?.split(|byte| *byte == 0).nth(1)
 }
 
-/// True: the trap has sprung.
+/// Some: the trap has sprung, and this is still to be told to the server.
 async fn pump(
     mut from: tokio::net::tcp::ReadHalf<'_>,
     mut to: tokio::net::tcp::WriteHalf<'_>,
     orders: &watch::Sender<Orders>,
     stalls: impl Fn(Mood) -> bool,
     watched: bool,
-) -> bool {
+) -> Option<Vec<u8>> {
     let (mut heard, mut buffer) = (orders.subscribe(), vec![0; 1 << 14]);
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
     let mut results = false;
     let mut begins: Option<Vec<u8>> = None;
     loop {
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
-            return false;
+            return None;
         }
         let n = tokio::select! {
             read = from.read(&mut buffer) => read.unwrap_or(0),
@@ -173,11 +189,11 @@ async fn pump(
         };
         // It may have been stalled meanwhile.
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
-            return false;
+            return None;
         }
         if n == 0 {
             let _gone = to.shutdown().await;
-            return false;
+            return None;
         }
         results |= watched && has(&buffer[..n], "SAVEPOINT result");
         let mut trap = if results && has(&buffer[..n], "COMMIT\0") { heard.borrow().mood.trap } else { None };
@@ -185,6 +201,9 @@ async fn pump(
         if watched && buffer[0] == b'P' && has(&buffer[..n], BEGIN_ATTEMPT.lines().next().unwrap()) {
             begins = buffer[5..n].split(|byte| *byte == 0).next().map(<[u8]>::to_vec);
         } else if begins.is_some() && bound(&buffer[..n]) == begins.as_deref() {
+            if heard.borrow().mood.late_begin {
+                return Some(buffer[..n].to_vec());
+            }
             trap = heard.borrow().mood.trap_begin;
             orders.send_if_modified(|orders| {
                 let stalls = std::mem::take(&mut orders.mood.stall_begin);
@@ -199,17 +218,17 @@ async fn pump(
                 None => {}
             });
             if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
-                return false;
+                return None;
             }
         }
         if trap == Some(When::BeforeTheServer) {
-            return true;
+            return Some(Vec::new());
         }
         if to.write_all(&buffer[..n]).await.is_err() {
-            return false;
+            return None;
         }
         if trap.is_some() {
-            return true;
+            return Some(Vec::new());
         }
     }
 }

@@ -55,7 +55,7 @@ impl Following<'_> {
                         Begin::Start if believed || !lost_before => return self.force(&token).await,
                         Begin::Adopt if believed => {
                             self.unless_ordered(order)?;
-                            let detail = "given back: the worker ended before it had asked the master";
+                            let detail = "given back: its master had not been asked for it";
                             return Err(Unasked::Ended(Ended::without_process(Outcome::GivenBack, detail)));
                         }
                         Begin::Start | Begin::Adopt => {}

@@ -73,8 +73,9 @@ impl ProcessExecutor {
         let status = match begin {
             Begin::Adopt => {
                 if !is_of(&job.dir, job.started_us) {
-                    let detail = "given back: the worker ended before it had started the build";
-                    return Ended::without_process(Outcome::GivenBack, detail.to_owned());
+                    // Its beginning got no answer, or the database has lost its result with the last commits.
+                    let detail = format!("given back: worker `{}` has nothing of it", job.worker);
+                    return Ended::without_process(Outcome::GivenBack, detail);
                 }
                 match self.keeper.adopt(&job.id.to_string(), &job.dir, &tether).await {
                     // By a daemon that had no time to record it.
