@@ -210,6 +210,8 @@ impl Bench {
 fn bench() -> Hello {
     let none = Vec::new;
     Hello {
+        boot: String::new(),
+        run: String::new(),
         name: "bench".into(),
         folder: "bench".into(),
         host: "here".into(),

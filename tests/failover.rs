@@ -147,16 +147,13 @@ struct Forgotten {
 }
 
 impl Forgotten {
-    async fn start() -> Forgotten {
+    /// `script`: `0` in braces stands for a folder, where it notes `WORKER BUILD.ATTEMPT` in `trace`.
+    async fn start(script: &str, max_running: i32) -> Forgotten {
         let pair = Pair::start(false).await;
         let db = Db::on(&pair.primary).await;
         let folder = temp_dir();
-        let script = format!(
-            "trap '' TERM; echo $BUILD_WORKER $BUILD_ID.$BUILD_ATTEMPT >> '{0}/trace'; while [ ! -e '{0}/gate' ] && [ $BUILD_WORKER = first ]; do sleep 0.05; done; exit 3",
-            folder.path().display()
-        );
-        db.builder("b", &script).await;
-        db.execute("UPDATE builders SET max_running = 2").await;
+        db.builder("b", &script.replace("{0}", &folder.path().display().to_string())).await;
+        db.execute(&format!("UPDATE builders SET max_running = {max_running}")).await;
         let id = db.enqueue("b").await;
         let replica = Db::there(&pair.replica).await;
         wait_for("the replica to have it", || async {
@@ -179,9 +176,11 @@ impl Forgotten {
     }
 }
 
+const STUBBORN: &str = "trap '' TERM; echo $BUILD_WORKER $BUILD_ID.$BUILD_ATTEMPT >> '{0}/trace'; while [ ! -e '{0}/gate' ] && [ $BUILD_WORKER = first ]; do sleep 0.05; done; exit 3";
+
 #[tokio::test]
 async fn a_build_whose_start_the_replica_lacks_is_run_by_another_under_the_same_number_and_the_first_records_nothing() {
-    let mut run = Forgotten::start().await;
+    let mut run = Forgotten::start(STUBBORN, 2).await;
     let id = run.id;
     // It finds out only when the other has run it.
     let stopped = Stopped::these(vec![run.first.pid()]);
@@ -200,7 +199,7 @@ async fn a_build_whose_start_the_replica_lacks_is_run_by_another_under_the_same_
 
 #[tokio::test]
 async fn a_build_whose_start_the_replica_lacks_is_tried_again_by_its_own_worker_under_the_next_number() {
-    let mut run = Forgotten::start().await;
+    let mut run = Forgotten::start(STUBBORN, 2).await;
     let id = run.id;
     run.pair.fail_over().await;
     let db = Db::there(&run.pair.replica).await;
@@ -209,8 +208,59 @@ async fn a_build_whose_start_the_replica_lacks_is_tried_again_by_its_own_worker_
     wait_for("its next start", || async { run.trace() == format!("first {id}.1\nfirst {id}.2\n") }).await;
     std::fs::write(run.folder.path().join("gate"), "").unwrap();
     assert_eq!(db.finished(id).await, "failed");
-    assert_eq!(attempts(&db).await, [format!("{id} 1 first error 1"), format!("{id} 2 first failed 3 1")]);
+    assert_eq!(attempts(&db).await, [format!("{id} 1 first cancelled 1"), format!("{id} 2 first failed 3 1")]);
     assert_eq!(run.trace().lines().count(), 2);
+}
+
+/// What the first leaves behind is tidied up while the second of its number could run already.
+#[tokio::test]
+async fn a_number_that_is_given_a_second_time_costs_the_second_neither_its_folder_nor_its_log() {
+    const OBEDIENT: &str = "echo $BUILD_WORKER $BUILD_ID.$BUILD_ATTEMPT >> '{0}/trace'; echo output; touch mark; while [ ! -e '{0}/gate' ]; do sleep 0.05; done; [ -e mark ] || exit 9; exit 3";
+    let mut run = Forgotten::start(OBEDIENT, 1).await;
+    let id = run.id;
+    run.pair.fail_over().await;
+    let db = Db::there(&run.pair.replica).await;
+    run.first.says("no longer ours").await;
+    wait_for("its next start", || async { run.trace().lines().count() == 2 }).await;
+    let first = run.first.state.path().join(format!("first/attempts/{id}.1"));
+    wait_for("the first to be tidied up after", || async { !first.join("work").exists() }).await;
+    std::fs::write(run.folder.path().join("gate"), "").unwrap();
+    assert_eq!(db.finished(id).await, "failed");
+    let attempts = attempts(&db).await;
+    assert!(attempts.last().unwrap().ends_with(" first failed 3 1"), "{attempts:?}");
+    assert_eq!(db.one::<String>(&format!("SELECT build_log_text({id})")).await, "output\n");
+}
+
+#[tokio::test]
+async fn a_result_that_the_replica_lacks_is_recorded_again_from_the_workers_disk() {
+    let pair = Pair::start(false).await;
+    let db = Db::on(&pair.primary).await;
+    let folder = temp_dir();
+    let (gate, trace) = (folder.path().join("gate"), folder.path().join("trace"));
+    db.builder("b", &format!("echo begun; {}", until_open(&gate, &trace).replace("exit 3", "echo over; exit 3"))).await;
+    db.execute("UPDATE builders SET max_attempts = 1").await;
+    let mut one = Daemon::start_at(&pair.url(), "one", &[HOUR, PING, LEASE, GRACE]).await;
+    let id = db.enqueue("b").await;
+    let replica = Db::there(&pair.replica).await;
+    wait_for("the replica to have its start", || async {
+        let there: bool = replica.one("SELECT to_regclass('build_queue') IS NOT NULL").await;
+        there && attempts(&replica).await == [format!("{id} 1 one running 1")]
+    })
+    .await;
+    pair.line.set(Mood { stall_up: true, stall_down: true, ..Mood::default() });
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(id).await, "failed");
+    one.says(&format!("build {id}.1 of b failed")).await;
+    let recorded = one.state.path().join(format!("one/attempts/{id}.1/recorded.json"));
+    wait_for("its folder to be tidied", || async { recorded.exists() }).await;
+    assert_eq!(attempts(&replica).await, [format!("{id} 1 one running 1")]);
+    pair.fail_over().await;
+    let db = Db::there(&pair.replica).await;
+    assert_eq!(db.finished(id).await, "failed");
+    assert_eq!(attempts(&db).await, [format!("{id} 1 one failed 3 2")]);
+    assert_eq!(db.one::<String>(&format!("SELECT build_log_text({id})")).await, "begun\nover\n");
+    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{id}.1\n"));
+    drop((one, db));
 }
 
 /// Whoever asks for commits that are not waited for loses the last ones in a crash: a daemon does not ask.

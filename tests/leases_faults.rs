@@ -10,7 +10,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
 use crate::support::beating::{Beating, Pair, SMALL, Stopped, attempts, signal, uptime};
-use crate::support::proxy::{Mood, Proxy, When};
+use crate::support::proxy::{Break, Mood, Proxy, When};
 use crate::support::{Daemon, Db, TempDir, processes_of, server_with_port, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
@@ -49,32 +49,38 @@ async fn builds_of_a_killed_keeper_are_given_up_when_their_trees_are_gone_and_no
 /// may be alive there.
 #[tokio::test]
 async fn what_a_folder_from_another_boot_or_machine_was_running_is_left_to_grace() {
-    let db = Db::new().await;
-    let build = Beating::new();
-    db.builder("b", &build.script()).await;
-    let mut there = Daemon::start(&db, "w", &SMALL).await;
-    let id = db.enqueue("b").await;
-    build.beats_in(1).await;
-    there.kill();
-    let copy = temp_dir();
-    let copied = Command::new("cp").arg("-a").arg(there.state.path().join("w")).arg(copy.path()).status().unwrap();
-    assert!(copied.success());
-    let mark = copy.path().join(format!("w/attempts/{id}.1/started"));
-    let marked = std::fs::read_to_string(&mark).unwrap();
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    assert!(marked.ends_with(boot.trim()), "{marked}");
-    std::fs::write(&mark, marked.replace(boot.trim(), "6d0bd1f8-0000-4000-8000-000000000000")).unwrap();
+    for copied_before_it_began in [false, true] {
+        let db = Db::new().await;
+        let build = Beating::new();
+        db.builder("b", &build.script()).await;
+        let mut there = Daemon::start(&db, "w", &SMALL).await;
+        let id = db.enqueue("b").await;
+        build.beats_in(1).await;
+        there.kill();
+        let copy = temp_dir();
+        let copied = Command::new("cp").arg("-a").arg(there.state.path().join("w")).arg(copy.path()).status().unwrap();
+        assert!(copied.success());
+        let attempt = copy.path().join(format!("w/attempts/{id}.1"));
+        if copied_before_it_began {
+            std::fs::remove_dir_all(attempt).unwrap();
+        } else {
+            assert!(attempt.join("started").exists());
+        }
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        assert_eq!(db.one::<String>("SELECT boot FROM build_attempts").await, boot.trim());
+        db.execute("UPDATE build_attempts SET boot = '6d0bd1f8-0000-4000-8000-000000000000'").await;
 
-    let dir = copy.path().display().to_string();
-    let _here = Daemon::start(&db, "w", &[SMALL.as_slice(), &[(STATE_DIR, dir.as_str())]].concat()).await;
-    let started = Instant::now();
-    build.beats_in(2).await;
-    assert!(started.elapsed() > Duration::from_secs(9), "{:?} is not the grace", started.elapsed());
-    build.one_at_a_time();
-    assert_eq!(processes_of(&there.state), Vec::<i32>::new());
-    build.open();
-    assert_eq!(db.finished(id).await, "failed");
-    assert_eq!(attempts(&db, id).await, ["1|w|lost|worker `w` disappeared", "2|w|failed|3|exit code 3"]);
+        let dir = copy.path().display().to_string();
+        let _here = Daemon::start(&db, "w", &[SMALL.as_slice(), &[(STATE_DIR, dir.as_str())]].concat()).await;
+        let started = Instant::now();
+        build.beats_in(2).await;
+        assert!(started.elapsed() > Duration::from_secs(9), "{:?} is not the grace", started.elapsed());
+        build.one_at_a_time();
+        assert_eq!(processes_of(&there.state), Vec::<i32>::new());
+        build.open();
+        assert_eq!(db.finished(id).await, "failed");
+        assert_eq!(attempts(&db, id).await, ["1|w|lost|worker `w` disappeared", "2|w|failed|3|exit code 3"]);
+    }
 }
 
 /// A small disk of one's own.
@@ -216,6 +222,29 @@ async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs
 }
 
 #[tokio::test]
+async fn a_daemon_that_is_to_leave_gives_back_what_began_without_an_answer() {
+    for order in [Signal::SIGUSR1, Signal::SIGINT] {
+        let server = server_with_port(&[]).await;
+        let db = Db::on(&server).await;
+        let proxy = Proxy::to_server(&server).await;
+        let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+        db.builder("b", "true").await;
+        proxy.set(Mood { stall_begin: true, ..Mood::default() });
+        let id = db.enqueue("b").await;
+        proxy.has_stalled().await;
+        daemon.signal(order);
+        daemon.says(if order == Signal::SIGINT { "stopping; " } else { "claiming nothing more; " }).await;
+        proxy.cut(Break::Reset);
+        proxy.set(Mood::default());
+        assert_eq!(daemon.exited().await, Some(0));
+        assert_eq!(attempts(&db, id).await, ["1|w|cancelled|given back: worker `w` has nothing of it"], "{order}");
+        assert_eq!(db.one::<String>("SELECT state::text FROM builds").await, "queued");
+        assert!(!daemon.has_said("cannot tidy"));
+        drop(db);
+    }
+}
+
+#[tokio::test]
 async fn an_attempt_that_begins_long_after_its_connection_was_lost_is_found_and_given_back() {
     let server = server_with_port(&[]).await;
     let db = Db::on(&server).await;
@@ -235,7 +264,7 @@ async fn an_attempt_that_begins_long_after_its_connection_was_lost_is_found_and_
     person.batch_execute("ROLLBACK").await.unwrap();
     assert_eq!(db.finished(id).await, "passed");
     assert_eq!(attempts(&db, id).await, ["1|w|cancelled|given back: worker `w` has nothing of it", "2|w|passed|0"]);
-    assert!(daemon.has_said("build 1.1 of b began here although its claim had failed"));
+    assert!(daemon.has_said("build 1.1 of b is taken over: the database has it running here"));
     assert_eq!(daemon.stop().await, Some(0));
     drop((person, db));
 }

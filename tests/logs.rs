@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use buildreactor::database::conninfo::ConnInfo;
 use buildreactor::embedded::{Options, Server, StopMode};
 
-use crate::support::{Daemon, Db, connect, temp_dir, wait_for};
+use crate::support::proxy::{Mood, Proxy};
+use crate::support::{Daemon, Db, connect, server_with_port, temp_dir, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
@@ -27,6 +28,32 @@ async fn output_appears_while_the_build_runs_half_lines_too() {
     std::fs::write(&gate, "").unwrap();
     assert_eq!(db.finished(id).await, "passed");
     assert_eq!(db.one::<String>("SELECT build_log_text(1)").await, "err half a line\n 5%\r50%\r");
+}
+
+/// Who follows a log asks for what comes behind the piece that he has.
+#[tokio::test]
+async fn a_piece_whose_commit_got_no_answer_is_not_written_over_with_more() {
+    let server = server_with_port(&[]).await;
+    let db = Db::on(&server).await;
+    let proxy = Proxy::to_server(&server).await;
+    let folder = temp_dir();
+    let (gate, more) = (folder.path().join("gate"), folder.path().join("more"));
+    let script = format!(
+        "echo one; while [ ! -e '{}' ]; do sleep 0.05; done; echo two; touch '{}'",
+        gate.display(),
+        more.display()
+    );
+    db.builder("b", &script).await;
+    proxy.set(Mood { trap_log: true, ..Mood::default() });
+    let _daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+    let id = db.enqueue("b").await;
+    let pieces = "SELECT content FROM build_log ORDER BY seq";
+    wait_for("its first piece", || async { db.all::<String>(pieces).await == ["one\n"] }).await;
+    std::fs::write(&gate, "").unwrap();
+    wait_for("more of it", || async { more.exists() }).await;
+    proxy.set(Mood::default());
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(db.all::<String>(pieces).await, ["one\n", "two\n"]);
 }
 
 #[tokio::test]

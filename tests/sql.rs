@@ -308,7 +308,7 @@ async fn migrating_twice_changes_nothing_and_twenty_at_once_is_one() {
     };
     let before = dump();
     let output = buildreactor(&["migrate", "--database", &url], &[]);
-    assert!(text(&output.stdout).contains("is up to date (version 7)"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("is up to date (version 8)"), "{}", text(&output.stdout));
     // pg_dump writes a random token into its \restrict line.
     let plain =
         |dump: &str| dump.lines().filter(|line| !line.contains("restrict")).map(str::to_owned).collect::<Vec<_>>();
@@ -326,7 +326,7 @@ async fn a_schema_of_a_newer_program_is_refused_with_a_sentence() {
     let output = buildreactor(&["migrate", "--database", &db.url()], &[]);
     assert_eq!(output.status.code(), Some(78));
     assert!(
-        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 7"),
+        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 8"),
         "{}",
         text(&output.stderr)
     );
@@ -351,8 +351,8 @@ async fn everything_may_live_in_a_schema_of_its_own() {
 
 /// Takes the last migrations back, as if an older program had been here.
 const BEFORE_V6: &str =
-    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready;
-    ALTER TABLE build_attempts DROP COLUMN external_worker;
+    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready, DROP COLUMN run;
+    ALTER TABLE build_attempts DROP COLUMN external_worker, DROP COLUMN boot;
     ALTER TABLE builders DROP CONSTRAINT buildbot_settings_are_texts_named_master_scheduler_builder,
         DROP CONSTRAINT buildbot_builder_has_no_script_env_or_keep_workspace, DROP CONSTRAINT executor_is_process_or_buildbot,
         ADD CONSTRAINT executor_is_process CHECK (executor IN ('process', 'buildbot')),
@@ -392,7 +392,7 @@ async fn a_migration_waits_for_no_build_and_keeps_nobody_from_inserting() {
     let migrating = migrate(db.url());
     let (times, longest) = inserts(&db, || migrating.is_finished()).await;
     let output = migrating.await.unwrap();
-    assert!(output.status.success() && text(&output.stdout).contains("applied V7__buildbot"), "{output:?}");
+    assert!(output.status.success() && text(&output.stdout).contains("applied V8__doubt"), "{output:?}");
     println!("{times} inserts meanwhile, the longest {longest:?}");
     assert!(longest < std::time::Duration::from_secs(3), "{longest:?}");
 
@@ -422,4 +422,54 @@ async fn a_migration_waits_for_no_build_and_keeps_nobody_from_inserting() {
         text(&output.stderr).contains("going through about 1500000 builds: some 10 s for each million"),
         "{output:?}"
     );
+}
+
+/// What a worker says at its start and later, and what the next one may not be told of it.
+#[tokio::test]
+async fn a_drain_stays_with_the_daemon_that_it_was_asked_of_and_so_does_a_goodbye() {
+    let db = Db::new().await;
+    let session = db.session().await;
+    let hello = session.prepare(queries::WORKER_HELLO).await.unwrap();
+    let says = async |run: &str, state: &str| -> Option<bool> {
+        let (none, nothing) = (Vec::<String>::new(), None::<String>);
+        let unready = serde_json::json!({});
+        let row = session
+            .query_one(
+                &hello,
+                &[&"w", &"here", &1, &"1", &1, &none, &none, &state, &nothing, &run, &true, &"folder", &unready],
+            )
+            .await;
+        row.unwrap().get("drain")
+    };
+    assert_eq!(says("first", "active").await, Some(false));
+    let since: String = db.one("SELECT started_at::text FROM workers").await;
+    db.execute("SELECT drain_worker('w')").await;
+    // The answer to its first may have been lost.
+    assert_eq!(says("first", "active").await, Some(true));
+    assert_eq!(db.one::<String>("SELECT started_at::text FROM workers").await, since);
+    assert_eq!(says("second", "active").await, Some(false));
+    assert_eq!(says("first", "stopped").await, None);
+    assert_eq!(db.one::<String>("SELECT concat_ws(' ', run, state) FROM workers").await, "second active");
+    assert!(db.one::<bool>(&format!("SELECT started_at > '{since}' FROM workers")).await);
+    assert_eq!(says("second", "stopped").await, Some(false));
+    assert_eq!(db.one::<String>("SELECT concat_ws(' ', run, state) FROM workers").await, "second stopped");
+}
+
+/// As when the network delivers it late.
+#[tokio::test]
+async fn an_attempt_of_a_row_that_waits_for_something_does_not_begin() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    let need = db.enqueue("b").await;
+    let id = db.enqueue("b").await;
+    let session = db.session().await;
+    let begin = session.prepare(queries::BEGIN_ATTEMPT).await.unwrap();
+    let begins = async |id: i64| {
+        let none = Vec::<String>::new();
+        session.query_opt(&begin, &[&id, &"w", &1, &none, &none, &"folder", &"boot"]).await.unwrap().is_some()
+    };
+    db.execute(&format!("UPDATE build_queue SET needs = '{{{need}}}' WHERE build_id = {id}")).await;
+    assert!(!begins(id).await);
+    db.execute(&format!("UPDATE build_queue SET needs = '{{}}' WHERE build_id = {id}")).await;
+    assert!(begins(id).await);
 }

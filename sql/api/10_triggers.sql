@@ -166,8 +166,11 @@ BEGIN
         UPDATE builds b
         SET state = 'skipped', finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
             detail = format('needs build %s, which ended %s', broken.id, broken.state)
-        WHERE b.id = waiting AND b.state = 'queued';
-        DELETE FROM build_queue q WHERE q.build_id = waiting;
+        WHERE b.id = waiting AND b.state IN ('described', 'queued');
+        -- Not one that has begun, against all expectation: its result finds its row by it.
+        IF FOUND THEN
+            DELETE FROM build_queue q WHERE q.build_id = waiting;
+        END IF;
     ELSIF open_needs <> row.needs THEN
         UPDATE build_queue q SET needs = open_needs WHERE q.build_id = waiting;
     END IF;

@@ -21,10 +21,11 @@ use crate::database::migrate::{SchemaState, known_version, schema_state};
 use crate::database::queries::Hello;
 use crate::database::{ConnInfo, Database, DatabaseError, News, SessionLimits};
 use crate::executor::buildbot::{self, BuildbotExecutor};
-use crate::executor::{Folders, Registry, process};
+use crate::executor::{Folders, Registry, boot_id, new_id, process};
 use crate::mail::{MailError, Mailer};
 pub use crate::reactor::Left;
 use crate::reactor::herald::Herald;
+use crate::reactor::in_hand::InHand;
 use crate::reactor::{self, Order, Outage, Reactor, Shared};
 
 /// After the order to stop: how long results are waited for. Terminate (5 s), kill, and the COMMIT fit in.
@@ -90,6 +91,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let hello = Hello {
         name: worker.name.clone(),
         folder: folders.id().map_err(unusable)?,
+        boot: boot_id(),
+        run: new_id().map_err(unusable)?,
         host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
         pid: i32::try_from(std::process::id()).unwrap_or(0),
         slots,
@@ -161,6 +164,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         giving_back: giving_back.clone(),
         giving_up: giving_up.clone(),
         tidying: tidying.clone(),
+        in_hand: InHand::default(),
     });
     let deadline = crate::tasks::spawn(async move {
         giving_back.cancelled().await;

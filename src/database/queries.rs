@@ -82,6 +82,10 @@ pub struct Hello {
     pub name: String,
     /// Id of its folder.
     pub folder: String,
+    /// Id of its machine's boot.
+    pub boot: String,
+    /// Id of this run of the daemon.
+    pub run: String,
     /// Machine.
     pub host: String,
     /// Process id.
@@ -158,7 +162,7 @@ pub struct AdvisoryKeys {
 }
 
 /// An interval of months and days may be positive as PostgreSQL compares it, and not so in seconds.
-fn limit(seconds: f64) -> Duration {
+pub(super) fn limit(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1))
 }
 
@@ -180,7 +184,10 @@ impl Database {
         let sql = answered(STEP, session.prepare_cached(BEGIN_ATTEMPT)).await?;
         let Some(row) = answered(
             STEP,
-            session.query_opt(&sql, &[&build.0, &hello.name, &slot, &hello.labels, &lock_units, &hello.folder]),
+            session.query_opt(
+                &sql,
+                &[&build.0, &hello.name, &slot, &hello.labels, &lock_units, &hello.folder, &hello.boot],
+            ),
         )
         .await?
         else {
@@ -208,38 +215,8 @@ impl Database {
             first_us: row.get("first_us"),
             adopt_from: row.get("adopt_from"),
             age: Duration::ZERO,
+            boot: Some(hello.boot.clone()),
         }))
-    }
-
-    /// What this worker was running in its folder when its last daemon left. The jobs hold what an adopted one needs, without the folder.
-    ///
-    /// # Errors
-    /// Unknown then.
-    pub async fn mine(&self, hello: &Hello) -> Result<Vec<Job>> {
-        const STEP: &str = "look for this worker's own builds";
-        let session = self.work().await?;
-        let rows = answered(STEP, session.query(LOOK_MINE, &[&hello.name, &hello.folder])).await?;
-        let job = |row: &tokio_postgres::Row| Job {
-            id: AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") },
-            started_us: row.get("started_us"),
-            builder: row.get("builder"),
-            slot: row.get("slot"),
-            worker: hello.name.clone(),
-            executor: row.get("executor"),
-            script: None,
-            env: Vec::new(),
-            properties: Vec::new(),
-            row: String::new(),
-            timeout: limit(row.get("timeout_seconds")),
-            silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(limit),
-            keep_workspace: row.get("keep_workspace"),
-            dir: std::path::PathBuf::new(),
-            settings: row.get("settings"),
-            first_us: row.get("first_us"),
-            adopt_from: row.get("adopt_from"),
-            age: Duration::try_from_secs_f64(row.get("age_seconds")).unwrap_or_default(),
-        };
-        Ok(rows.iter().map(job).collect())
     }
 
     /// Counts a claim that was taken again, while its row is locked; comes back with the keys of its advisory locks, to be
@@ -345,7 +322,6 @@ impl Database {
         detail: Option<&str>,
         accepting: bool,
         unready: &BTreeMap<String, String>,
-        started: bool,
     ) -> Result<Heard> {
         const STEP: &str = "report this worker";
         let session = self.work().await?;
@@ -363,7 +339,7 @@ impl Database {
                     &hello.builders,
                     &state,
                     &detail,
-                    &started,
+                    &hello.run,
                     &accepting,
                     &hello.folder,
                     &tokio_postgres::types::Json(unready),

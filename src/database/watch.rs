@@ -11,7 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::queries::Hello;
 use super::{ConnInfo, Database, DatabaseError, Result, answered, queries};
-use crate::model::{AttemptId, BuildId, Builder, Candidate, Locks, Unlocked};
+use crate::model::{AttemptId, BuildId, Builder, Candidate, Job, Locks, Unlocked};
 
 /// Class of the advisory locks on workers' names (as `classid` 4294967294 in `pg_locks`). Builders' slots use positive
 /// classes, so ours are negative; -1 is for `migrate`.
@@ -93,6 +93,7 @@ struct Prepared {
     all: Statement,
     new: Statement,
     unlocked: Statement,
+    mine: Statement,
     cancels: Statement,
     askers: Statement,
     promote: Statement,
@@ -151,6 +152,7 @@ impl Watch {
                 all: client.prepare(queries::LOOK_ALL).await?,
                 new: client.prepare(queries::LOOK_NEW).await?,
                 unlocked: client.prepare(queries::LOOK_UNLOCKED).await?,
+                mine: client.prepare(queries::LOOK_MINE).await?,
                 cancels: client.prepare(queries::LOOK_CANCELS).await?,
                 askers: client.prepare(queries::LOOK_ASKERS).await?,
                 promote: client.prepare(queries::PROMOTE_DUE).await?,
@@ -277,6 +279,37 @@ impl Watch {
                 claims: row.get("claims"),
             })
             .collect())
+    }
+
+    /// What runs on this worker, in its folder. The jobs hold what an adopted one needs, without the folder.
+    ///
+    /// # Errors
+    /// The connection should be given up.
+    pub async fn mine(&self, hello: &Hello) -> Result<Vec<Job>> {
+        const STEP: &str = "look for this worker's own builds";
+        let rows = answered(STEP, self.client.query(&self.prepared.mine, &[&hello.name, &hello.folder])).await?;
+        let job = |row: &tokio_postgres::Row| Job {
+            id: AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") },
+            started_us: row.get("started_us"),
+            builder: row.get("builder"),
+            slot: row.get("slot"),
+            worker: hello.name.clone(),
+            executor: row.get("executor"),
+            script: None,
+            env: Vec::new(),
+            properties: Vec::new(),
+            row: String::new(),
+            timeout: queries::limit(row.get("timeout_seconds")),
+            silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(queries::limit),
+            keep_workspace: row.get("keep_workspace"),
+            dir: std::path::PathBuf::new(),
+            settings: row.get("settings"),
+            first_us: row.get("first_us"),
+            adopt_from: row.get("adopt_from"),
+            age: Duration::try_from_secs_f64(row.get("age_seconds")).unwrap_or_default(),
+            boot: row.get("boot"),
+        };
+        Ok(rows.iter().map(job).collect())
     }
 
     /// Makes due rows ready, at most `limit`; comes back with how many, and when the next is due.

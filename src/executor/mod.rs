@@ -71,6 +71,10 @@ pub trait Executor: Send + Sync {
     /// Safe.
     fn ready<'a>(&'a self, builder: &'a Builder, candidates: &'a [BuildId]) -> Ready<'a>;
 
+    /// Whether an attempt that ran under this worker's name may have processes where this daemon could not see them, so that it is left
+    /// alone as another worker's would be.
+    fn is_elsewhere(&self, job: &Job) -> bool;
+
     /// One line about how it works here, for `workers.detail`; `None`: nothing worth one.
     fn detail(&self) -> Option<String>;
 }
@@ -104,6 +108,19 @@ impl Registry {
     pub fn get(&self, name: &str) -> Option<Arc<dyn Executor>> {
         self.by_name.get(name).cloned()
     }
+}
+
+/// An id that nothing else has.
+///
+/// # Errors
+/// The kernel does not make one.
+pub fn new_id() -> std::io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned())
+}
+
+/// What tells this boot of this machine from all others; empty where the kernel does not say.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 /// "1h 30m", as in the configuration file.
@@ -146,7 +163,7 @@ impl Folders {
         if !known.is_empty() {
             return Ok(known);
         }
-        let new = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned();
+        let new = new_id()?;
         let beside = self.root.join("folder.id.new");
         std::fs::write(&beside, &new)?;
         std::fs::rename(beside, file)?;

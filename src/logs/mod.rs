@@ -11,10 +11,10 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use self::pieces::Pieces;
-use crate::database::Database;
-use crate::database::queries::Durable;
+use crate::database::queries::{Durable, LogChange};
+use crate::database::{Database, DatabaseError};
 use crate::model::AttemptId;
-use crate::report::Trouble;
+use crate::report::{Chain, Trouble};
 
 /// How often new output is looked for: with the write itself well within the second that people are promised.
 const PERIOD: Duration = Duration::from_millis(300);
@@ -53,7 +53,7 @@ pub enum Shipped {
 pub async fn ship(database: Database, source: Source, ended: CancellationToken) -> Shipped {
     let rest = format!("{}/log on worker {}", source.dir.display(), source.worker);
     // Known with the first look that succeeds.
-    let mut pieces = (!source.resume).then(|| Pieces::new(source.limit, rest.clone()));
+    let mut written = (!source.resume).then(|| Written::of(Pieces::new(source.limit, rest.clone())));
     let mut trouble = Trouble::default();
     let mut deadline = None;
     loop {
@@ -64,7 +64,7 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
             }
         }
         let last = deadline.is_some();
-        let round = round(&database, &source, &rest, &mut pieces, last);
+        let round = round(&database, &source, &rest, &mut written, last);
         let result = match deadline {
             Some(at) => timeout_at(at, round).await.unwrap_or_else(|_| Err("no answer in time".into())),
             None => round.await,
@@ -89,31 +89,62 @@ pub async fn ship(database: Database, source: Source, ended: CancellationToken) 
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// One look at the file, and one transaction if it has grown. `pieces` moves on only when that was committed.
+/// What is known of a log in the database.
+struct Written {
+    pieces: Pieces,
+    /// A transaction without an answer: it may have come through, or still do. What it makes of `pieces`, and its changes; nothing else is
+    /// written before the same changes are, or what it wrote would be written over, or stay behind.
+    unconfirmed: Option<(Pieces, Vec<LogChange>)>,
+}
+
+impl Written {
+    fn of(pieces: Pieces) -> Written {
+        Written { pieces, unconfirmed: None }
+    }
+
+    async fn confirm(&mut self, database: &Database, source: &Source, durable: Durable) -> Result<(), Failure> {
+        if let Some((_, changes)) = &self.unconfirmed {
+            database.write_log(source.id, changes, durable).await.map_err(told)?;
+        }
+        if let Some((pieces, _)) = self.unconfirmed.take() {
+            self.pieces = pieces;
+        }
+        Ok(())
+    }
+}
+
+fn told(error: DatabaseError) -> Failure {
+    Chain(&error).to_string().into()
+}
+
+/// One look at the file, and one transaction if it has grown.
 async fn round(
     database: &Database,
     source: &Source,
     rest: &str,
-    pieces: &mut Option<Pieces>,
+    written: &mut Option<Written>,
     last: bool,
 ) -> Result<(), Failure> {
-    let told = |error| crate::report::Chain(&error).to_string();
-    let known = match pieces.take() {
-        Some(known) => known,
-        None => Pieces::resume(source.limit, rest.to_owned(), &database.log_pieces(source.id).await.map_err(told)?),
+    let durable = if last { Durable::WithResult } else { Durable::AtOnce };
+    let written = match written {
+        Some(written) => written,
+        None => {
+            let there = database.log_pieces(source.id).await.map_err(told)?;
+            written.insert(Written::of(Pieces::resume(source.limit, rest.to_owned(), &there)))
+        }
     };
-    let (dir, mut next) = (source.dir.clone(), known.clone());
-    *pieces = Some(known);
+    written.confirm(database, source, durable).await?;
+    let (dir, mut next) = (source.dir.clone(), written.pieces.clone());
     let (next, changes) = tokio::task::spawn_blocking(move || {
         let changes = next.advance(&dir, last);
         (next, changes)
     })
     .await?;
     let changes = changes?;
-    if !changes.is_empty() {
-        let durable = if last { Durable::WithResult } else { Durable::AtOnce };
-        database.write_log(source.id, &changes, durable).await.map_err(told)?;
+    if changes.is_empty() {
+        written.pieces = next;
+        return Ok(());
     }
-    *pieces = Some(next);
-    Ok(())
+    written.unconfirmed = Some((next, changes));
+    written.confirm(database, source, durable).await
 }

@@ -112,6 +112,8 @@ pub struct Job {
     pub adopt_from: i32,
     /// How long it had run when this was read. Adopted too.
     pub age: Duration,
+    /// Id of the boot of the machine that it began on; `None`: not known. Adopted too.
+    pub boot: Option<String>,
     /// `builders.script`.
     pub script: Option<String>,
     /// `builders.env`.

@@ -8,6 +8,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
+use super::in_hand::Hand;
 use super::{Shared, scribe};
 use crate::database::claim::Pulse;
 use crate::database::{Claim, DatabaseError, Tried};
@@ -88,7 +89,12 @@ pub enum Done {
     /// The builder no longer allows it (paused, fewer slots, other labels), or the row was not waiting.
     Refused(BuildId),
     /// The database failed before the attempt began; nothing is held.
-    Failed(DatabaseError),
+    Failed {
+        /// How.
+        error: DatabaseError,
+        /// While it began: it may have come through, or still do.
+        in_doubt: bool,
+    },
     /// The attempt is over.
     Ended {
         /// Which.
@@ -122,7 +128,7 @@ pub async fn attempt(
     }
     let mut claim = match shared.database.claim().await {
         Ok(claim) => claim,
-        Err(error) => return Done::Failed(error),
+        Err(error) => return Done::Failed { error, in_doubt: false },
     };
     let (build, slot, lock_units) = match claim.take(builder, occupied, candidates).await {
         Ok(Tried::Claimed { build, slot, lock_units }) => (build, slot, lock_units),
@@ -138,7 +144,7 @@ pub async fn attempt(
             claim.finish();
             return Done::RowsGone(candidates.to_vec());
         }
-        Err(error) => return Done::Failed(error),
+        Err(error) => return Done::Failed { error, in_doubt: false },
     };
     let pulse = Pulse::now();
     let begun = shared.database.begin_attempt(build, &shared.hello, slot, &lock_units).await;
@@ -150,11 +156,22 @@ pub async fn attempt(
                     claim.finish();
                     Done::Refused(build)
                 }
-                Err(error) => Done::Failed(error),
+                Err(error) => Done::Failed { error, in_doubt: false },
             };
         }
-        // It may have begun, or still begin: then the reactor finds it, and takes it over.
-        Err(error) => return Done::Failed(error),
+        // Then the reactor finds it, and takes it over.
+        Err(error) => return Done::Failed { error, in_doubt: true },
+    };
+    let Some(hand) = shared.in_hand.take(job.id) else {
+        // Of a number that a server gave before it was replaced by one that had missed it. Its folder is not touched: it is the first's.
+        let why = "given back: another attempt of this number, which the database has lost, is still being ended here";
+        return match claim.record(job.id, &Ended::without_process(Outcome::GivenBack, why.to_owned())).await {
+            Ok(_) => {
+                claim.finish();
+                Done::Refused(build)
+            }
+            Err(error) => Done::Failed { error, in_doubt: true },
+        };
     };
     job.dir = shared.folders.attempt(job.id);
     let stop = Stop::default();
@@ -163,20 +180,21 @@ pub async fn attempt(
     shared.herald.event(job.id, &job.builder, &job.worker, "running", "started");
     tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
         "build {} of {} started", job.id, job.builder);
-    Attempt::new(shared, job, pulse, stop, Some(claim)).run(Begin::Start).await
+    Attempt::new(shared, job, hand, pulse, stop, Some(claim)).run(Begin::Start).await
 }
 
 /// Goes on with an attempt that this worker was running when its last daemon left, or that began here without an answer.
 ///
 /// # Cancel safety
 /// Not safe, as [`attempt`].
-pub async fn adopt(shared: &Shared, job: Job, stop: Stop) -> Done {
-    Attempt::new(shared, job, Pulse::now(), stop, None).run(Begin::Adopt).await
+pub async fn adopt(shared: &Shared, job: Job, hand: Hand, stop: Stop) -> Done {
+    Attempt::new(shared, job, hand, Pulse::now(), stop, None).run(Begin::Adopt).await
 }
 
 struct Attempt<'a> {
     shared: &'a Shared,
     job: Job,
+    hand: Hand,
     claim: Option<Claim>,
     pulse: Pulse,
     /// Tells the executor of each confirmation.
@@ -205,9 +223,9 @@ enum Retaken {
 }
 
 impl<'a> Attempt<'a> {
-    fn new(shared: &'a Shared, job: Job, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
+    fn new(shared: &'a Shared, job: Job, hand: Hand, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
         let lease = watch::Sender::new(pulse.confirmed + shared.settings.lease);
-        Attempt { shared, job, claim, pulse, lease, stop, log_in_doubt: false }
+        Attempt { shared, job, hand, claim, pulse, lease, stop, log_in_doubt: false }
     }
 
     async fn run(mut self, begin: Begin) -> Done {
@@ -257,7 +275,7 @@ impl<'a> Attempt<'a> {
         let recorded = self.record(&ended).await;
         self.tell(&ended, recorded.as_ref(), started.elapsed());
         let database = self.shared.database.clone();
-        let log_in_doubt = self.log_in_doubt;
+        let (log_in_doubt, hand) = (self.log_in_doubt, self.hand);
         self.shared.tidying.spawn(async move {
             let dir = source.dir.clone();
             if log_in_doubt {
@@ -269,6 +287,7 @@ impl<'a> Attempt<'a> {
             if let Ok((Err(error), dir)) = tidied {
                 tracing::warn!("cannot tidy `{}`: {error}", dir.display());
             }
+            drop(hand);
         });
         Done::Ended { id, recorded }
     }

@@ -104,17 +104,20 @@ impl Reactor {
             // It began here in a statement that got no answer, and that may have come through long after its connection was lost.
             let unknown: Vec<AttemptId> = unlocked
                 .iter()
-                .filter(|build| build.worker == self.shared.hello.name && !self.running.contains_key(&build.id))
+                .filter(|build| build.worker == self.shared.hello.name && !self.shared.in_hand.has(build.id))
                 // Its claim under way may be the one that began it.
                 .filter(|build| !self.claiming.contains_key(&build.builder))
                 .map(|build| build.id)
                 .collect();
-            if !unknown.is_empty() && self.leaving.is_none() {
-                self.adopt("began here although its claim had failed: it is taken over", |id| unknown.contains(&id))
-                    .await?;
+            if !unknown.is_empty() && self.leaving != Some(Order::Leave) {
+                self.adopt("is taken over: the database has it running here, and this daemon has not", |id| {
+                    unknown.contains(&id)
+                })
+                .await?;
             }
-            let running = &self.running;
-            for lost in self.lost.ripe(unlocked, |id| running.contains_key(&id)) {
+            self.in_doubt = self.in_doubt.filter(|at| now < *at);
+            let in_hand = &self.shared.in_hand;
+            for lost in self.lost.ripe(unlocked, |id| in_hand.has(id)) {
                 let shared = Arc::clone(&self.shared);
                 self.tasks.spawn(async move { Finished::Recovery(lost.id, attempt::recover(&shared, &lost).await) });
             }
@@ -148,19 +151,25 @@ impl Reactor {
 
     /// Takes over those of the builds that run on this worker, by the database's word, which `are_left`. `how`: for the log.
     async fn adopt(&mut self, how: &str, are_left: impl Fn(AttemptId) -> bool) -> Result<(), DatabaseError> {
-        for mut job in self.shared.database.mine(&self.shared.hello).await? {
+        let Some(watch) = &self.watch else { return Ok(()) };
+        for mut job in watch.mine(&self.shared.hello).await? {
             job.dir = self.shared.folders.attempt(job.id);
+            let executor = self.shared.executors.get(&job.executor);
             // Left alone for `grace`, as another worker's.
-            if !are_left(job.id) || crate::executor::process::is_from_elsewhere(&job.dir) {
+            if !are_left(job.id) || executor.is_some_and(|executor| executor.is_elsewhere(&job)) {
                 continue;
             }
+            let Some(hand) = self.shared.in_hand.take(job.id) else { continue };
             tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
                 "build {} of {} {how}", job.id, job.builder);
             let (stop, shared) = (Stop::default(), Arc::clone(&self.shared));
+            if self.leaving == Some(Order::Stop) {
+                stop.give_back();
+            }
             self.running.insert(job.id, Active { builder: job.builder.clone(), stop: stop.clone() });
             self.tasks.spawn(async move {
                 let builder = job.builder.clone();
-                Finished::Attempt(builder, adopt(&shared, job, stop).await)
+                Finished::Attempt(builder, adopt(&shared, job, hand, stop).await)
             });
         }
         self.shared.database.room_for_claims(self.running.len());
@@ -173,8 +182,7 @@ impl Reactor {
         let accepting = self.not_accepting.is_none();
         let detail = self.not_accepting.clone().unwrap_or_else(|| self.shared.executors.detail());
         let unready = self.unready.all();
-        let heard =
-            self.shared.database.hello(hello, state, Some(&detail), accepting, unready, !self.said_hello).await?;
+        let heard = self.shared.database.hello(hello, state, Some(&detail), accepting, unready).await?;
         self.unready.reported();
         self.said_not_accepting = !accepting;
         self.others = heard.others;

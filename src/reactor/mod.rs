@@ -5,8 +5,10 @@ pub mod attempt;
 pub mod candidates;
 pub mod eligible;
 pub mod herald;
+pub mod in_hand;
 mod look;
 mod lost;
+mod orders;
 mod outage;
 mod schedule;
 mod scheduler;
@@ -26,7 +28,9 @@ use tokio_util::task::TaskTracker;
 use self::attempt::{Done, Progress, Stop, adopt, attempt};
 use self::candidates::Candidates;
 use self::herald::Herald;
+use self::in_hand::InHand;
 use self::lost::Lost;
+pub use self::orders::Order;
 pub use self::outage::{Outage, backoff};
 use self::scheduler::{Scheduler, Tended};
 use self::unready::Unready;
@@ -101,17 +105,8 @@ pub struct Shared {
     pub giving_up: CancellationToken,
     /// Removal of old folders, out of the way of builds.
     pub tidying: TaskTracker,
-}
-
-/// Orders to a running reactor, each going further than the one before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Order {
-    /// Claim nothing more; leave when what runs has ended.
-    Drain,
-    /// Claim nothing more, and leave soon; what runs goes on without this daemon.
-    Leave,
-    /// Claim nothing more; stop what runs, give it back, leave.
-    Stop,
+    /// Attempts that are run, or tidied up after.
+    pub in_hand: InHand,
 }
 
 /// The loop and what it knows.
@@ -148,6 +143,8 @@ pub struct Reactor {
     /// Whether `workers` says that nothing is claimed.
     said_not_accepting: bool,
     unready: Unready,
+    /// A claim failed while its attempt began: from then on a look shows whether it did.
+    in_doubt: Option<Instant>,
     /// Until when these are not asked about again.
     held: HashMap<String, Instant>,
     settling: Settling,
@@ -225,6 +222,7 @@ impl Reactor {
             not_accepting: None,
             said_not_accepting: false,
             unready: Unready::default(),
+            in_doubt: None,
             held: HashMap::new(),
             settling: Settling::No,
             scheduler: Scheduler::new(now),
@@ -285,17 +283,13 @@ impl Reactor {
             self.wait(None).await;
         }
         let none = std::collections::BTreeMap::new();
-        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false, &none, false);
+        let goodbye = self.shared.database.hello(&self.shared.hello, "stopped", None, false, &none);
         if self.said_hello
             && let Err(error) = goodbye.await
         {
             tracing::debug!(error = %Chain(&error), "could not say goodbye");
         }
         Ok(if self.failed { Left::Failed } else { Left::Ordered })
-    }
-
-    fn is_done(&self) -> bool {
-        self.leaving.is_some() && self.tasks.is_empty()
     }
 
     fn forget_watch(&mut self) {
@@ -375,6 +369,7 @@ impl Reactor {
             // Any wake may mean that a builder is idle again.
             () = self.news.wait() => self.unblock(),
             () = tokio::time::sleep_until(wake_at), if tending => {}
+            () = self.shared.giving_up.cancelled(), if self.leaving.is_some() && self.tasks.is_empty() => {}
         }
         // Whatever else has happened meanwhile, before looking once for all of it.
         while let Ok(progress) = self.progress.1.try_recv() {
@@ -483,12 +478,15 @@ impl Reactor {
                 self.block(builder, BUSY_ELSEWHERE);
                 self.look_again_within(BUSY_ELSEWHERE);
             }
-            Done::Failed(error) => {
+            Done::Failed { error, in_doubt } => {
                 self.claimed(builder);
                 tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
                 self.block(builder, AFTER_FAILURE);
-                // It may have begun all the same, and nobody holds it then.
-                self.timers.lost = self.timers.lost.min(Instant::now() + AFTER_FAILURE);
+                if in_doubt {
+                    let at = Instant::now() + AFTER_FAILURE;
+                    self.in_doubt = Some(at);
+                    self.timers.lost = self.timers.lost.min(at);
+                }
             }
             Done::Left(id) => drop(self.running.remove(&id)),
             Done::Ended { id, recorded } => {
@@ -556,37 +554,6 @@ impl Reactor {
             self.timers.due = Some(self.timers.due.map_or(at, |due| due.min(at)));
             // A newer build of its coalesce_key may have come while it ran.
             self.timers.settle = Instant::now();
-        }
-    }
-
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::Drain => {
-                tracing::info!(running = self.running.len(), "claiming nothing more; leaving when what runs has ended")
-            }
-            Order::Leave => {
-                tracing::info!(
-                    running = self.running.len(),
-                    "leaving; what runs goes on, for the next start of this worker"
-                )
-            }
-            Order::Stop => {
-                tracing::info!(running = self.running.len(), "stopping; what runs is given back to the queue")
-            }
-        }
-        // An order only goes further than the one before.
-        self.leaving = self.leaving.max(Some(order));
-        if order == Order::Stop {
-            self.stop_all();
-        }
-        // Shows as draining in worker_status.
-        self.timers.everything = Instant::now();
-    }
-
-    fn stop_all(&mut self) {
-        self.shared.giving_back.cancel();
-        for active in self.running.values() {
-            active.stop.give_back();
         }
     }
 }

@@ -22,6 +22,8 @@ pub struct Mood {
     pub trap_begin: Option<When>,
     /// Cuts off each client that begins an attempt; the server hears of the beginning when this is taken back.
     pub late_begin: bool,
+    /// Closes each connection that commits a piece of a log, before the client gets its answer.
+    pub trap_log: bool,
     /// Stalls with the answer to the next beginning of an attempt.
     pub stall_begin: bool,
     /// Stalls with the next force call to a Buildbot master: before the server has it, or before the client has its answer.
@@ -177,7 +179,7 @@ async fn pump(
 ) -> Option<Vec<u8>> {
     let (mut heard, mut buffer) = (orders.subscribe(), vec![0; 1 << 14]);
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
-    let mut results = false;
+    let (mut results, mut logs) = (false, false);
     let mut begins: Option<Vec<u8>> = None;
     loop {
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
@@ -196,7 +198,11 @@ async fn pump(
             return None;
         }
         results |= watched && has(&buffer[..n], "SAVEPOINT result");
+        logs |= watched && has(&buffer[..n], "INSERT INTO build_log ");
         let mut trap = if results && has(&buffer[..n], "COMMIT\0") { heard.borrow().mood.trap } else { None };
+        if logs && has(&buffer[..n], "COMMIT\0") && heard.borrow().mood.trap_log {
+            trap = Some(When::BeforeTheAnswer);
+        }
         // A statement is parsed once a connection, under a name that is bound each time.
         if watched && buffer[0] == b'P' && has(&buffer[..n], BEGIN_ATTEMPT.lines().next().unwrap()) {
             begins = buffer[5..n].split(|byte| *byte == 0).next().map(<[u8]>::to_vec);

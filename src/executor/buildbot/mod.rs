@@ -243,6 +243,11 @@ impl Executor for BuildbotExecutor {
         Box::pin(self.is_ready(builder, candidates))
     }
 
+    /// Its master knows.
+    fn is_elsewhere(&self, _job: &Job) -> bool {
+        false
+    }
+
     fn detail(&self) -> Option<String> {
         let names: Vec<&str> = self.farms.keys().map(String::as_str).collect();
         (!names.is_empty()).then(|| format!("Buildbot masters: {}", names.join(", ")))

@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::RECORDED;
 use super::guardian::STATUS;
 use super::keeper::{LOCK, SOCKET};
 use super::protocol::{FromKeeper, Spec, Status, ToKeeper, VERSION};
@@ -222,9 +223,10 @@ async fn say(orders: &mut OwnedWriteHalf, message: &ToKeeper) -> io::Result<()> 
     orders.write_all(&text).await
 }
 
-/// What a guardian, or its keeper, noted at the end.
-fn left(dir: &Path) -> Option<Status> {
-    serde_json::from_slice(&std::fs::read(dir.join(STATUS)).ok()?).ok()
+/// What a guardian, or its keeper, noted at the end. Perhaps it was recorded before, and the database has lost that with its last commits.
+pub(super) fn left(dir: &Path) -> Option<Status> {
+    let read = |name: &str| serde_json::from_slice(&std::fs::read(dir.join(name)).ok()?).ok();
+    read(STATUS).or_else(|| read(RECORDED))
 }
 
 fn only_daemon(dir: &Path) -> io::Result<File> {

@@ -15,9 +15,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use self::client::KeeperClient;
+use self::client::{KeeperClient, left};
 use self::protocol::{End, Spec, Status};
-use super::{Begin, Executor, Folders, Ready, Running, Tether, human};
+use super::{Begin, Executor, Folders, Ready, Running, Tether, boot_id, human};
 use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
 
 /// Between terminate and kill, but for the end of a lease.
@@ -29,7 +29,7 @@ const UNABLE: Duration = Duration::from_secs(30);
 /// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.
 pub const TEMPFAIL: i32 = 75;
 
-/// Which attempt a folder was made for: its start, as the database has it, and the boot of the machine.
+/// Which attempt a folder was made for: its start, as the database has it.
 const MARK: &str = "started";
 
 /// The status of an attempt whose end is recorded.
@@ -73,7 +73,7 @@ impl ProcessExecutor {
         let status = match begin {
             Begin::Adopt => {
                 if !is_of(&job.dir, job.started_us) {
-                    // Its beginning got no answer, or the database has lost its result with the last commits.
+                    // Nobody had an answer to its beginning.
                     let detail = format!("given back: worker `{}` has nothing of it", job.worker);
                     return Ended::without_process(Outcome::GivenBack, detail);
                 }
@@ -139,6 +139,12 @@ impl Executor for ProcessExecutor {
         Box::pin(std::future::ready(answer))
     }
 
+    /// Started on another machine, or before this one was booted, and without a result: a folder that moves from machine to machine, or
+    /// lacks what was written last, proves nothing about the processes there.
+    fn is_elsewhere(&self, job: &Job) -> bool {
+        job.boot.as_ref().is_some_and(|boot| *boot != boot_id()) && left(&job.dir).is_none()
+    }
+
     fn detail(&self) -> Option<String> {
         let why_not = if self.settings.pid_namespace {
             self.keeper.no_namespace()
@@ -171,7 +177,7 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
         std::fs::create_dir_all(folder).map_err(named("make", folder))?;
     }
     let mark = dir.join(MARK);
-    std::fs::write(&mark, format!("{} {}", job.started_us, boot_id())).map_err(named("write", &mark))?;
+    std::fs::write(&mark, job.started_us.to_string()).map_err(named("write", &mark))?;
     let file = dir.join("build.json");
     // It may tell more of the build than others on this machine should know.
     let written = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file);
@@ -223,22 +229,7 @@ fn millis(duration: Duration) -> u64 {
 
 /// Whether the folder of an attempt was made for this one, and not for one of the same number in another database.
 fn is_of(dir: &Path, started_us: i64) -> bool {
-    mark(dir).is_some_and(|(started, _)| started == started_us.to_string())
-}
-
-/// Whether an attempt was started on another machine, or before this one was booted, and has left no result: a folder that moves from
-/// machine to machine proves nothing about the processes there.
-pub fn is_from_elsewhere(dir: &Path) -> bool {
-    mark(dir).is_some_and(|(_, boot)| boot != boot_id()) && !dir.join(guardian::STATUS).exists()
-}
-
-fn mark(dir: &Path) -> Option<(String, String)> {
-    let text = std::fs::read_to_string(dir.join(MARK)).ok()?;
-    text.split_once(' ').map(|(started, boot)| (started.to_owned(), boot.to_owned()))
-}
-
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    std::fs::read_to_string(dir.join(MARK)).is_ok_and(|mark| mark.split(' ').next() == Some(&started_us.to_string()))
 }
 
 /// Translates what the guardian saw into an outcome and a line for people.
@@ -307,10 +298,14 @@ fn signal_name(number: i32) -> String {
 /// # Errors
 /// Something could not be removed.
 pub fn tidy(dir: &Path) -> io::Result<()> {
+    // Given back before anything was started.
+    if !dir.exists() {
+        return Ok(());
+    }
     crate::logs::file::finish(dir)?;
     if dir.join(guardian::STATUS).exists() {
         std::fs::rename(dir.join(guardian::STATUS), dir.join(RECORDED))?;
-    } else if dir.exists() {
+    } else {
         std::fs::write(dir.join(RECORDED), "{}")?;
     }
     let work: PathBuf = dir.join("work");
