@@ -25,6 +25,33 @@ async fn a_terminated_claim_is_taken_again_and_the_build_ends_in_the_same_attemp
     assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts").await, 1);
 }
 
+/// For an instant others have the lock of a slot that is free because its claim is lost, and are refused then.
+#[tokio::test]
+async fn a_claim_that_is_taken_again_gets_its_slot_as_soon_as_it_can_be_had() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    db.builder("b", &format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "300ms")]).await;
+    let id = db.enqueue("b").await;
+    db.wait("SELECT claim_held FROM running_builds").await;
+    let other = db.session().await;
+    let number: i32 = db.one("SELECT number FROM builders").await;
+    let first_in_line = tokio::spawn(async move {
+        other.batch_execute(&format!("BEGIN; SELECT pg_advisory_xact_lock({number}, 1)")).await.unwrap();
+        other
+    });
+    db.wait("SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").await;
+    db.execute("SELECT pg_terminate_backend((SELECT claim_pid FROM running_builds))").await;
+    daemon.says("is held again").await;
+    let its_lock = "SELECT count(*) = 1 FROM pg_locks JOIN running_builds ON pid = claim_pid WHERE locktype = 'advisory' AND granted";
+    assert!(!db.one::<bool>(its_lock).await);
+    first_in_line.await.unwrap().batch_execute("ROLLBACK").await.unwrap();
+    db.wait(its_lock).await;
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(id).await, "passed");
+}
+
 #[tokio::test]
 async fn a_result_survives_a_claim_that_was_cut_just_before_it() {
     let db = Db::new().await;

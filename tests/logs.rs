@@ -14,20 +14,24 @@ const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 async fn output_appears_while_the_build_runs_half_lines_too() {
     let db = Db::new().await;
     let folder = temp_dir();
-    let gate = folder.path().join("gate");
-    db.builder("b", &format!("printf 'err ' >&2; printf 'half a line'; while [ ! -e {} ]; do sleep 0.05; done; printf '\\n 5%%\\r50%%\\r'", gate.display())).await;
+    let script = "printf 'err ' >&2; printf 'half a line'; while [ ! -e {}1 ]; do sleep 0.05; done; printf ' and the rest'; while [ ! -e {}2 ]; do sleep 0.05; done; printf '\\n 5%%\\r50%%\\r'";
+    let gate = |n: i32| folder.path().join(format!("gate{n}"));
+    db.builder("b", &script.replace("{}", &folder.path().join("gate").display().to_string())).await;
     let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
     let id = db.enqueue("b").await;
     db.wait("SELECT last_log_line = 'err half a line' FROM running_builds").await;
     assert!(
         db.one::<bool>(
-            "SELECT l.written_at - a.started_at < '20 s' FROM build_log l JOIN build_attempts a USING (build_id)"
+            "SELECT min(l.written_at - a.started_at) < '20 s' FROM build_log l JOIN build_attempts a USING (build_id)"
         )
         .await
     );
-    std::fs::write(&gate, "").unwrap();
+    std::fs::write(gate(1), "").unwrap();
+    // In two pieces.
+    db.wait("SELECT last_log_line = 'err half a line and the rest' FROM running_builds").await;
+    std::fs::write(gate(2), "").unwrap();
     assert_eq!(db.finished(id).await, "passed");
-    assert_eq!(db.one::<String>("SELECT build_log_text(1)").await, "err half a line\n 5%\r50%\r");
+    assert_eq!(db.one::<String>("SELECT build_log_text(1)").await, "err half a line and the rest\n 5%\r50%\r");
 }
 
 /// Who follows a log asks for what comes behind the piece that he has.

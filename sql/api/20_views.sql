@@ -42,11 +42,16 @@ LEFT JOIN LATERAL (
           ORDER BY p.finished_at DESC LIMIT 30) f
 ) usual ON true
 LEFT JOIN LATERAL (
-    -- The last line that has text; of a progress bar what stands after its last carriage return.
-    SELECT (regexp_match(rtrim(right(l.content, 2000), E'\r\n\t '), '[^\r\n]*$'))[1] AS last_log_line
-    FROM build_log l
-    WHERE l.build_id = b.id AND l.attempt = b.attempt AND l.content ~ '\S'
-    ORDER BY l.seq DESC LIMIT 1
+    -- The last line that has text; of a progress bar what stands after its last carriage return. A line that is written bit by bit lies
+    -- in several pieces.
+    SELECT (regexp_match(rtrim(right(string_agg(right(newest.content, 2000), '' ORDER BY newest.seq), 2000), E'\r\n\t '), '[^\r\n]*$'))[1] AS last_log_line
+    FROM (SELECT l.seq, l.content FROM build_log l
+          WHERE l.build_id = b.id AND l.attempt = b.attempt
+            -- From the newest piece with text on, and some before it.
+            AND l.seq > (SELECT t.seq FROM build_log t
+                         WHERE t.build_id = b.id AND t.attempt = b.attempt AND t.content ~ '\S'
+                         ORDER BY t.seq DESC LIMIT 1) - 8
+          ORDER BY l.seq LIMIT 16) newest
 ) last_line ON true
 WHERE b.state = 'running';
 COMMENT ON VIEW running_builds IS 'What runs now.';

@@ -132,18 +132,19 @@ impl Claim {
     }
 
     /// Holds what belongs to a claim beside its row again, where it can be had: no other build starts with the slot or a lock unit of a
-    /// running one, whoever has the advisory lock.
+    /// running one, whoever has the advisory lock. False: not all of it, because another claim, which will be refused, has it for a moment.
     ///
     /// # Errors
     /// The connection is gone, and the claim with it.
-    pub async fn hold(&mut self, locks: &AdvisoryKeys) -> Result<()> {
+    pub async fn hold(&self, locks: &AdvisoryKeys) -> Result<bool> {
         const STEP: &str = "hold the slot of a build again";
         // Touches no table: a claim holds locks on the queue alone.
         const SQL: &str =
             "SELECT pg_try_advisory_xact_lock(class, key) FROM unnest($1::integer[], $2::integer[]) AS l(class, key)";
         let session = self.session()?;
-        answered(STEP, session.query(SQL, &[&locks.classes, &locks.keys])).await?;
-        answered(STEP, session.batch_execute("SELECT 1")).await
+        let rows = answered(STEP, session.query(SQL, &[&locks.classes, &locks.keys])).await?;
+        answered(STEP, session.batch_execute("SELECT 1")).await?;
+        Ok(rows.iter().all(|row| row.get(0)))
     }
 
     /// Whether the attempt of a row that is locked here was claimed as often as was `seen` when its row was first found unlocked. If so

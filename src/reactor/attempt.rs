@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::in_hand::Hand;
 use super::{Shared, scribe};
 use crate::database::claim::Pulse;
+use crate::database::queries::AdvisoryKeys;
 use crate::database::{Claim, DatabaseError, Tried};
 use crate::executor::{Begin, Tether};
 use crate::logs::{self, Shipped};
@@ -196,6 +197,8 @@ struct Attempt<'a> {
     job: Job,
     hand: Hand,
     claim: Option<Claim>,
+    /// Of a claim that was taken again: what it does not hold yet.
+    unheld: Option<AdvisoryKeys>,
     pulse: Pulse,
     /// Tells the executor of each confirmation.
     lease: watch::Sender<Duration>,
@@ -225,7 +228,7 @@ enum Retaken {
 impl<'a> Attempt<'a> {
     fn new(shared: &'a Shared, job: Job, hand: Hand, pulse: Pulse, stop: Stop, claim: Option<Claim>) -> Attempt<'a> {
         let lease = watch::Sender::new(pulse.confirmed + shared.settings.lease);
-        Attempt { shared, job, hand, claim, pulse, lease, stop, log_in_doubt: false }
+        Attempt { shared, job, hand, claim, unheld: None, pulse, lease, stop, log_in_doubt: false }
     }
 
     async fn run(mut self, begin: Begin) -> Done {
@@ -373,6 +376,7 @@ impl<'a> Attempt<'a> {
         let lease = self.shared.settings.lease;
         let id = self.job.id;
         if self.claim.is_some() && self.ping(self.pulse.patience(lease)).await {
+            self.hold_the_rest().await;
             return None;
         }
         let patience = self.pulse.patience(lease);
@@ -388,6 +392,16 @@ impl<'a> Attempt<'a> {
                 Some(why)
             }
             Ok(Retaken::NotNow) | Err(_) => None,
+        }
+    }
+
+    /// So that people see the slot in use, and others do not try in vain.
+    async fn hold_the_rest(&mut self) {
+        let (Some(claim), Some(locks)) = (&self.claim, &self.unheld) else { return };
+        match claim.hold(locks).await {
+            Ok(true) => self.unheld = None,
+            Ok(false) => {}
+            Err(_) => self.claim = None,
         }
     }
 
@@ -427,7 +441,7 @@ impl<'a> Attempt<'a> {
             Ok::<_, DatabaseError>(None)
         };
         match retaken.await {
-            Ok(Some(mut claim)) => {
+            Ok(Some(claim)) => {
                 // Counted before the lease is renewed: see `Lost`.
                 let locks = match self.shared.database.count_claim(id, self.job.started_us).await {
                     Ok(Some(locks)) => locks,
@@ -435,8 +449,9 @@ impl<'a> Attempt<'a> {
                     Err(_) => return Retaken::NotNow,
                 };
                 let pulse = Pulse::now();
-                if claim.hold(&locks).await.is_err() {
-                    return Retaken::NotNow;
+                match claim.hold(&locks).await {
+                    Ok(whole) => self.unheld = (!whole).then_some(locks),
+                    Err(_) => return Retaken::NotNow,
                 }
                 self.claim = Some(claim);
                 self.confirmed(pulse);

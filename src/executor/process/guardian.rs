@@ -45,8 +45,8 @@ const GIVE_UP: Duration = Duration::from_secs(10);
 const AFTER_LEASE: Duration = Duration::from_secs(2);
 /// How long after the end of its lease a guardian acts by itself: its keeper, who comes first, is stopped or has no time.
 const WITHOUT_KEEPER: Duration = Duration::from_secs(1);
-/// How long the init of a namespace outlives the first order to kill its tree.
-const INIT_LAST: Duration = Duration::from_millis(50);
+/// How long the init of a namespace outlives the first order to kill its tree, unless the build's first process has ended: then it ends by itself.
+const INIT_LAST: Duration = Duration::from_secs(1);
 /// Between two rounds of killing.
 const ROUND: Duration = Duration::from_millis(5);
 
