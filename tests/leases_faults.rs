@@ -166,6 +166,7 @@ async fn a_worker_that_comes_back_with_fewer_slots_holds_all_that_it_was_running
     let next = db.enqueue("next").await;
     daemon.set("BUILDREACTOR_WORKER_SLOTS", "1");
     daemon.spawn_again();
+    daemon.ready().await;
     db.wait(&all_held).await;
     assert_eq!(db.one::<i32>("SELECT slots FROM workers").await, 1);
     assert_eq!(db.one::<String>(&format!("SELECT state::text FROM builds WHERE id = {next}")).await, "queued");

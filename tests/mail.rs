@@ -13,12 +13,12 @@ use crate::support::{Daemon, Db, wait_for};
 const FAIL: &str = r#"{"code": "1"}"#;
 const PASS: &str = "{}";
 
-/// Settings of a daemon that sends to `mailbox`; a step may take a second.
+/// Settings of a daemon that sends to `mailbox`; a step may take two seconds.
 fn settings(mailbox: &Mailbox) -> Vec<(&'static str, String)> {
     vec![
         ("BUILDREACTOR_MAIL_URL", format!("smtp://localhost:{}", mailbox.port)),
         ("BUILDREACTOR_MAIL_FROM", "Bäuerin <builds@example.org>".to_owned()),
-        ("BUILDREACTOR_MAIL_TIMEOUT", "1s".to_owned()),
+        ("BUILDREACTOR_MAIL_TIMEOUT", "2s".to_owned()),
         ("BUILDREACTOR_MAIL_PROJECT", "prøject".to_owned()),
     ]
 }

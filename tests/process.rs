@@ -95,7 +95,7 @@ async fn timeouts_terminate_then_kill_and_say_which() {
     db.builder("stubborn", "trap '' TERM; while :; do echo tick; sleep 0.2; done").await;
     db.builder("silent", "echo going quiet; sleep 600").await;
     db.builder("polite", "trap 'echo cleaning up; exit 0' TERM; while :; do echo tick; sleep 0.2; done").await;
-    db.execute("UPDATE builders SET timeout = '1 second' WHERE name <> 'silent'").await;
+    db.execute("UPDATE builders SET timeout = '5 seconds' WHERE name <> 'silent'").await;
     db.execute("UPDATE builders SET silence_timeout = '1 second' WHERE name = 'silent'").await;
     db.execute("INSERT INTO build_queue (builder) VALUES ('whole'), ('stubborn'), ('silent'), ('polite')").await;
     for id in 1..=4 {
@@ -106,10 +106,10 @@ async fn timeouts_terminate_then_kill_and_say_which() {
     assert_eq!(
         told,
         [
-            "whole|15|ran longer than its timeout of 1s",
-            "stubborn|9|ran longer than its timeout of 1s",
+            "whole|15|ran longer than its timeout of 5s",
+            "stubborn|9|ran longer than its timeout of 5s",
             "silent|15|no output for 1s",
-            "polite|0|ran longer than its timeout of 1s"
+            "polite|0|ran longer than its timeout of 5s"
         ]
     );
     assert!(log(&db, 4).await.contains("cleaning up"));
@@ -259,13 +259,15 @@ async fn a_build_that_takes_its_worker_down_is_counted_and_stops() {
     // The keeper is the parent of the guardian, which is the parent of the script.
     db.builder(
         "poison",
-        "k=$(cut -d' ' -f4 /proc/$PPID/stat); d=$(cat ../../../daemon.lock); echo killing $d $k; kill -9 $d $k; sleep 600",
+        "while [ ! -e ../../../go$BUILD_ATTEMPT ]; do sleep 0.05; done; k=$(cut -d' ' -f4 /proc/$PPID/stat); d=$(cat ../../../daemon.lock); echo killing $d $k; kill -9 $d $k; sleep 600",
     )
     .await;
     db.builder("good", "true").await;
     let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_WORKER_PID_NAMESPACE", "false")]).await;
     let poison = db.enqueue("poison").await;
     for attempt in 1..=3 {
+        // Not while the good one of before is under way.
+        std::fs::write(daemon.state.path().join(format!("w/go{attempt}")), "").unwrap();
         // A supervisor starts the daemon again and again.
         wait_for("the daemon to die", || async {
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.pid()), None).is_err() || is_zombie(daemon.pid())
@@ -323,14 +325,14 @@ async fn a_worker_without_room_for_its_files_says_so_and_the_build_is_tried_agai
     let db = Db::new().await;
     let daemon = Daemon::start(&db, "w", &[HOUR]).await;
     db.builder("b", "true").await;
-    db.execute("UPDATE builders SET max_attempts = 2").await;
+    db.execute("UPDATE builders SET max_attempts = 6").await;
     // A file where the folder of attempts should be.
     let attempts = daemon.state.path().join("w/attempts");
     std::fs::remove_dir_all(&attempts).unwrap();
     std::fs::write(&attempts, "").unwrap();
     let id = db.enqueue("b").await;
     db.wait(&format!(
-        "SELECT detail LIKE 'attempt 1 of 2 broke: cannot prepare the build: make `%' FROM builds WHERE id = {id}"
+        "SELECT detail LIKE 'attempt 1 of 6 broke: cannot prepare the build: make `%' FROM builds WHERE id = {id}"
     ))
     .await;
     std::fs::remove_file(&attempts).unwrap();

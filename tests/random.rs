@@ -202,7 +202,7 @@ impl Session {
             90..95 => {
                 self.note(id, |asked| asked.stop = true);
                 let sql = format!("DELETE FROM build_queue WHERE build_id = {id} RETURNING 'deleted'");
-                if self.run(&sql, Some(id), &["55006"]).await.is_some() {
+                if self.run(&sql, Some(id), &["55006", "55P03"]).await.is_some() {
                     self.note(id, |asked| asked.stopped = true);
                 }
             }
@@ -213,7 +213,7 @@ impl Session {
                     _ => format!("run_after = now() + interval '{} ms'", self.random.below(1000)),
                 };
                 let sql = format!("UPDATE build_queue SET {set} WHERE build_id = {id}");
-                self.run(&sql, Some(id), &["55006"]).await;
+                self.run(&sql, Some(id), &["55006", "55P03"]).await;
             }
         }
     }
@@ -227,19 +227,10 @@ fn look_at_log(daemon: &Daemon, errors: &Shared) {
     }
 }
 
-/// Starts a killed one again; while the server still has its predecessor's session, as often as a service manager would.
+/// Starts a killed one again; while the server still has its predecessor's session, it waits.
 async fn start_again(daemon: &mut Daemon) {
-    loop {
-        daemon.spawn_again();
-        wait_for("the daemon to say something", || async {
-            daemon.has_said("is ready") || daemon.has_said("is in use by")
-        })
-        .await;
-        if daemon.has_said("is ready") {
-            return;
-        }
-        assert_eq!(daemon.exited().await, Some(75));
-    }
+    daemon.spawn_again();
+    daemon.ready().await;
 }
 
 struct Attempt {

@@ -313,18 +313,23 @@ async fn pruning_a_hundred_thousand_builds_does_not_double_the_time_a_build_take
             together.took.extend(during.took.last());
         }
     }
+    // The machine may have had less to do before than it has now.
+    let mut afterwards = starts();
+    for _ in 0..100 {
+        afterwards.sample().await;
+    }
+    let calm = quiet.median().max(afterwards.median());
     pruner.says(&format!("deleted what [retention] no longer keeps: {MANY} builds")).await;
     println!(
-        "the daemon deleted {MANY} builds in {:.1} s; median start before {:.1} ms ({} samples), during {:.1} ms ({}), during a batch {:.1} ms ({})",
+        "the daemon deleted {MANY} builds in {:.1} s; median start before and after {calm:.1} ms ({} samples), during {:.1} ms ({}), during a batch {:.1} ms ({})",
         began.elapsed().as_secs_f64(),
-        quiet.median(),
         quiet.took.len(),
         during.median(),
         during.took.len(),
         together.median(),
         together.took.len()
     );
-    assert!(during.median() < 2.0 * quiet.median() && together.median() < 2.0 * quiet.median());
+    assert!(during.median() < 2.0 * calm && together.median() < 2.0 * calm);
     assert!(during.took.len() >= 100 && together.took.len() >= 50, "enough for a median");
     assert_eq!(pruner.stop().await, Some(0));
 
@@ -355,19 +360,24 @@ async fn pruning_a_hundred_thousand_builds_does_not_double_the_time_a_build_take
             () = during.sample() => {}
         }
     };
+    let took = began.elapsed();
+    let mut afterwards = starts();
+    for _ in 0..100 {
+        afterwards.sample().await;
+    }
+    let calm = quiet.median().max(afterwards.median());
     println!(
-        "{} calls of prune_builds took {:.1} s, the first {:.1} ms, the last {:.1} ms; median start before {:.1} ms ({} samples), during {:.1} ms ({})",
+        "{} calls of prune_builds took {:.1} s, the first {:.1} ms, the last {:.1} ms; median start before and after {calm:.1} ms ({} samples), during {:.1} ms ({})",
         calls.len(),
-        began.elapsed().as_secs_f64(),
+        took.as_secs_f64(),
         calls[0],
         calls[calls.len() - 1],
-        quiet.median(),
         quiet.took.len(),
         during.median(),
         during.took.len()
     );
     assert_eq!(calls.len(), MANY as usize / 1000);
-    assert!(during.median() < 2.0 * quiet.median());
+    assert!(during.median() < 2.0 * calm);
     assert!(db.one::<bool>("SELECT claim_held FROM running_builds WHERE builder = 'long'").await);
     std::fs::write(&gate, "").unwrap();
 }

@@ -158,7 +158,7 @@ async fn what_no_daemon_understands_is_disabled_and_says_why() {
     assert!(details[1].starts_with("minute: cron `61 * * * *`: "), "{details:?}");
     assert_eq!(details[2], "never: cron `0 0 30 2 *` never comes");
     db.wait("SELECT next_at IS NOT NULL FROM build_schedules WHERE name = 'good'").await;
-    assert_eq!(daemon.times_said("is disabled: "), 3);
+    crate::support::wait_for("its words on each", || async { daemon.times_said("is disabled: ") == 3 }).await;
     // Mended.
     db.execute("UPDATE build_schedules SET cron = '0 0 28 2 *', enabled = true WHERE name = 'never'").await;
     db.wait("SELECT next_at IS NOT NULL AND detail IS NULL FROM build_schedules WHERE name = 'never'").await;

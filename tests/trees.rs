@@ -12,7 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::freezer::Freezer;
-use crate::support::{Daemon, Db, Launch, PROGRAM, TempDir, anything_of, processes_of, server, temp_dir, wait_for};
+use crate::support::{
+    Daemon, Db, Launch, PROGRAM, TempDir, anything_of, copy_program, processes_of, server, temp_dir, wait_for,
+};
 use crate::support::{below, name_of};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
@@ -89,7 +91,7 @@ impl Worker {
             assert_ne!(owner.uid(), 0);
             launch.user = Some((owner.uid(), owner.gid()));
             launch.program = folder.path().join("buildreactor");
-            std::fs::copy(PROGRAM, &launch.program).unwrap();
+            copy_program(&launch.program);
             for path in [folder.path(), &launch.program] {
                 std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
             }

@@ -158,7 +158,7 @@ async fn more_rows_at_once_than_a_look_takes_are_all_found() {
     let id = db.enqueue("c").await;
     db.execute(&format!("SELECT prioritize_build({id}, 9)")).await;
     assert_eq!(db.finished(id).await, "passed");
-    db.execute("DELETE FROM build_queue q USING builds b WHERE b.id = q.build_id AND b.state = 'queued' AND q.build_id BETWEEN 1 AND 1200").await;
+    db.execute("DELETE FROM build_queue WHERE build_id IN (SELECT q.build_id FROM build_queue q JOIN builds b ON b.id = q.build_id WHERE b.state = 'queued' AND q.build_id BETWEEN 1 AND 1200 FOR UPDATE OF q SKIP LOCKED)").await;
     db.wait("SELECT count(*) FILTER (WHERE ready) = 0 FROM build_queue").await;
 }
 
@@ -167,9 +167,9 @@ async fn a_due_row_that_somebody_holds_does_not_make_the_daemon_spin() {
     let db = Db::new().await;
     db.builder("b", "true").await;
     let daemon = Daemon::start(&db, "w", &[HOUR]).await;
-    db.execute("INSERT INTO build_queue (builder, run_after) VALUES ('b', clock_timestamp() + interval '1 second')")
-        .await;
     let person = db.session().await;
+    db.execute("INSERT INTO build_queue (builder, run_after) VALUES ('b', clock_timestamp() + interval '5 seconds')")
+        .await;
     person.batch_execute("BEGIN; UPDATE build_queue SET priority = 1").await.unwrap();
     db.wait("SELECT run_after < clock_timestamp() FROM build_queue").await;
     let ticks = crate::support::cpu_ticks(daemon.pid());

@@ -89,6 +89,7 @@ async fn nothing_is_claimed_that_the_master_could_not_build_and_it_says_why() {
     for number in [1, 2] {
         buildbot.kill_worker(number);
     }
+    buildbot.connected(0).await;
     let id = queue(&db, "ok", "{}").await;
     waits_because(&db, "no worker of builder `ok` is connected to master `main`").await;
     daemon.says("builds of ok wait: no worker of builder `ok` is connected to master `main`").await;

@@ -118,12 +118,12 @@ async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
 async fn what_became_of_a_request_while_no_daemon_ran_is_recorded_however_late() {
     let Some(buildbot) = shared().await else { return };
     let db = Db::new().await;
-    builder(&db, "wait").await;
+    builder(&db, "left").await;
     db.execute("UPDATE builders SET max_running = 10, timeout = '15 s'").await;
     let mut daemon = worker(&db, "w", &buildbot.config()).await;
     let gate = Gate::shut();
-    let passes = queue(&db, "wait", &gate.properties()).await;
-    let stopped = queue(&db, "wait", r#"{"gate": "/nonexistent/never"}"#).await;
+    let passes = queue(&db, "left", &gate.properties()).await;
+    let stopped = queue(&db, "left", r#"{"gate": "/nonexistent/never"}"#).await;
     for id in [passes, stopped] {
         waiting(&db, id).await;
     }
@@ -259,7 +259,7 @@ async fn a_force_call_whose_answer_is_lost_leads_to_one_request() {
 async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     let Some(buildbot) = shared().await else { return };
     let (db, proxy) = (Db::new().await, proxy(buildbot).await);
-    builder(&db, "take").await;
+    builder(&db, "take-on-w1").await;
     db.execute("UPDATE builders SET max_running = 10").await;
     let lease = [
         HOUR,
@@ -271,7 +271,7 @@ async fn a_force_call_that_comes_much_too_late_is_found_and_cancelled() {
     let mut first = Daemon::start(&db, "first", &[&lease[..], &[("BUILDREACTOR_CONFIG", &config)]].concat()).await;
     proxy.set(Mood { stall_force: Some(When::BeforeTheServer), ..Mood::default() });
     let gate = Gate::shut();
-    let id = queue(&db, "take", &gate.properties()).await;
+    let id = queue(&db, "take-on-w1", &gate.properties()).await;
     proxy.has_stalled().await;
     first.kill();
     let config = buildbot.config();

@@ -21,10 +21,17 @@ use buildreactor::embedded::{Options, Server};
 use tokio_postgres::{Client, NoTls};
 
 /// For anything that should happen soon on a slow, busy machine.
-pub const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_secs(240);
 
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_buildreactor");
+
+/// Puts a copy of it at `to`. By another process: a child that this one forks meanwhile would hold the file open for writing, and nobody
+/// could start it (ETXTBSY).
+pub fn copy_program(to: &Path) {
+    let copied = std::process::Command::new("cp").arg(PROGRAM).arg(to).status().unwrap();
+    assert!(copied.success());
+}
 
 /// The run's PostgreSQL: thrown away when this process ends, however it ends.
 pub fn server() -> &'static Server {
