@@ -457,3 +457,25 @@ async fn a_stopped_guardian_keeps_its_time_limit_when_it_goes_on() {
     build.one_at_a_time();
     assert_eq!(attempts(&db, id).await, ["1|w|timed_out|ran longer than its timeout of 5s"]);
 }
+
+/// More of them than a socket had room for.
+#[tokio::test]
+async fn a_guardian_that_is_stopped_for_hundreds_of_renewals_goes_on_with_the_newest() {
+    let db = Db::new().await;
+    let build = Beating::new();
+    db.builder("b", &build.script()).await;
+    let often = ("BUILDREACTOR_LEASE_PING", "10ms");
+    let lease = [("BUILDREACTOR_LEASE_LEASE", "3s"), ("BUILDREACTOR_LEASE_GRACE", "13s")];
+    let daemon = Daemon::start(&db, "w", &[&[HOUR, often], &lease[..]].concat()).await;
+    let id = db.enqueue("b").await;
+    build.beats_in(1).await;
+    let stopped = Stopped::these(daemon.guardians());
+    build.beats_at(uptime() + 15.0).await;
+    drop(stopped);
+    // What it would do on an old end of its lease it would do at once.
+    build.beats_at(uptime() + 4.0).await;
+    build.open();
+    assert_eq!(db.finished(id).await, "failed");
+    build.one_at_a_time();
+    assert_eq!(attempts(&db, id).await, ["1|w|failed|3|exit code 3"]);
+}

@@ -5,7 +5,6 @@
 
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
@@ -23,6 +22,7 @@ use rustix::process::{WaitOptions, wait};
 
 use super::fork::with_no_signal_blocked;
 use super::namespace::{Namespace, Told};
+use super::notes::Notes;
 use super::protocol::{End, Spec, Status};
 use super::tree::{descendants, left_for_good, signal_descendants};
 use crate::clock::boottime;
@@ -50,14 +50,14 @@ const INIT_LAST: Duration = Duration::from_secs(1);
 /// Between two rounds of killing.
 const ROUND: Duration = Duration::from_millis(5);
 
-/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards. `renewals`: the keeper says there until
+/// Runs an attempt to its end. Called in a fresh fork of the keeper; the process exits afterwards. `notes`: the keeper says there until
 /// when the lease lasts, in milliseconds of [`boottime`]. `namespaces`: whether they can be made here.
-pub fn guard(spec: &Spec, keeper: Pid, renewals: &UnixStream, namespaces: bool) -> Status {
+pub fn guard(spec: &Spec, keeper: Pid, notes: &Notes, namespaces: bool) -> Status {
     // Once more: the keeper looked before the fork.
     if boottime() >= Duration::from_millis(spec.until_ms) {
         return Status::without_process(End::LeaseOver);
     }
-    match Guardian::start(spec, keeper, renewals, namespaces && spec.namespace) {
+    match Guardian::start(spec, keeper, notes, namespaces && spec.namespace) {
         Ok(guardian) => guardian.run(),
         Err(why) => Status::without_process(End::NotStarted(why)),
     }
@@ -66,8 +66,8 @@ pub fn guard(spec: &Spec, keeper: Pid, renewals: &UnixStream, namespaces: bool) 
 struct Guardian<'a> {
     spec: &'a Spec,
     keeper: Pid,
-    renewals: Option<&'a UnixStream>,
-    /// End of its lease, as far as it has heard.
+    notes: &'a Notes,
+    /// End of its lease, when it last looked.
     until: Duration,
     signals: SignalFd,
     /// Its first process, or the init of its namespace.
@@ -92,7 +92,7 @@ enum Phase {
 }
 
 impl<'a> Guardian<'a> {
-    fn start(spec: &'a Spec, keeper: Pid, renewals: &'a UnixStream, namespace: bool) -> Result<Guardian<'a>, String> {
+    fn start(spec: &'a Spec, keeper: Pid, notes: &'a Notes, namespace: bool) -> Result<Guardian<'a>, String> {
         let failed = |what: &'static str| move |error: Errno| format!("{what}: {error}");
         // A session of its own: no terminal, and a signal to the daemon's group does not reach the build.
         setsid().map_err(failed("setsid"))?;
@@ -142,7 +142,7 @@ impl<'a> Guardian<'a> {
         Ok(Guardian {
             spec,
             keeper,
-            renewals: Some(renewals),
+            notes,
             until: Duration::from_millis(spec.until_ms),
             signals,
             leader,
@@ -203,9 +203,6 @@ impl<'a> Guardian<'a> {
         if let Some(output) = &self.output {
             fds.push(PollFd::new(output.as_fd(), PollFlags::POLLIN));
         }
-        if let Some(renewals) = self.renewals {
-            fds.push(PollFd::new(renewals.as_fd(), PollFlags::POLLIN));
-        }
         // An interrupted or failed poll means: look at everything now.
         let _woken = poll(&mut fds, timeout);
     }
@@ -251,18 +248,10 @@ impl<'a> Guardian<'a> {
         }
     }
 
-    /// Hears until when its lease lasts now.
+    /// Looks until when its lease lasts now.
     fn renew(&mut self) {
-        let mut until = [0; 8];
-        while let Some(mut renewals) = self.renewals {
-            match renewals.read(&mut until) {
-                // Each comes in one piece: it was written at once.
-                Ok(8) => self.until = self.until.max(Duration::from_millis(u64::from_ne_bytes(until))),
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                // The keeper is dead, which comes as a signal too.
-                Ok(_) | Err(_) => self.renewals = None,
-            }
+        if let Ok(until) = self.notes.until() {
+            self.until = until;
         }
     }
 

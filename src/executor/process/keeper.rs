@@ -29,6 +29,7 @@ use rustix::process::{WaitOptions, wait};
 use super::fork::fork_single_threaded;
 use super::guardian::{KILL_NOW, LEASE_OVER, STATUS, STOP, guard, leave_status};
 use super::namespace;
+use super::notes::Notes;
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
 use super::tree::descendants_beside;
 use crate::clock::boottime;
@@ -78,9 +79,7 @@ struct Keeper {
 struct Guardian {
     id: String,
     dir: PathBuf,
-    /// It hears from here until when its lease lasts, and leaves its status there, because a disk may be full. One descriptor for both:
-    /// a worker may have a thousand of them.
-    link: UnixStream,
+    notes: Notes,
     /// End of its lease, on the clock of leases.
     until: Duration,
     /// Told that the lease is over, and when to be harder.
@@ -256,8 +255,8 @@ impl Keeper {
             Ok(ToKeeper::Renew { id, until_ms }) => {
                 if let Some(guardian) = self.guardians.values_mut().find(|guardian| guardian.id == id) {
                     guardian.until = guardian.until.max(Duration::from_millis(until_ms));
-                    // It ends its tree itself when we are stopped. One that is stopped itself may have no room for this.
-                    let _told = guardian.link.write(&until_ms.to_ne_bytes());
+                    // It ends its tree itself when we are stopped.
+                    let _noted = guardian.notes.renew(guardian.until);
                 }
             }
             Ok(ToKeeper::Leave) => self.leaving = true,
@@ -275,30 +274,23 @@ impl Keeper {
         if boottime() >= Duration::from_millis(spec.until_ms) {
             return self.ended(spec.id.clone(), Status::without_process(End::LeaseOver));
         }
-        let forked = UnixStream::pair().and_then(|(link, theirs)| {
-            // Neither waits for the other, who may be stopped; and a child that is stuck before its exec may still hold the other end.
-            link.set_nonblocking(true)?;
-            theirs.set_nonblocking(true)?;
-            Ok((link, theirs, fork_single_threaded()?))
-        });
+        let until = Duration::from_millis(spec.until_ms);
+        let forked = Notes::new(until).and_then(|notes| Ok((notes, fork_single_threaded()?)));
         match forked {
-            Ok((link, _, ForkResult::Parent { child })) => {
-                let (id, dir, until) = (spec.id.clone(), spec.dir.clone(), Duration::from_millis(spec.until_ms));
-                self.guardians.insert(child, Guardian { id, dir, link, until, over: None });
+            Ok((notes, ForkResult::Parent { child })) => {
+                let (id, dir) = (spec.id.clone(), spec.dir.clone());
+                self.guardians.insert(child, Guardian { id, dir, notes, until, over: None });
             }
-            Ok((link, mut theirs, ForkResult::Child)) => {
-                drop(link);
+            Ok((notes, ForkResult::Child)) => {
                 let _named = prctl::set_name(c"br-guardian");
                 // A socket that nobody answers would keep the next daemon waiting.
                 self.listener = None;
                 self.daemon = None;
                 self.guardians.clear();
-                let status = guard(spec, keeper, &theirs, self.no_namespace.is_none());
-                // For the next daemon; the keeper reads the other end.
-                let _noted = leave_status(&spec.dir, &status);
-                let told =
-                    serde_json::to_vec(&status).map_err(std::io::Error::from).and_then(|text| theirs.write_all(&text));
-                std::process::exit(i32::from(told.is_err()));
+                let status = guard(spec, keeper, &notes, self.no_namespace.is_none());
+                // For the next daemon, and for the keeper.
+                let _kept = leave_status(&spec.dir, &status);
+                std::process::exit(i32::from(notes.leave(&status).is_err()));
             }
             Err(error) => {
                 self.ended(spec.id.clone(), Status::without_process(End::NotStarted(format!("fork: {error}"))));
@@ -332,13 +324,10 @@ impl Keeper {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, _))) => {
                     let pid = Pid::from_raw(pid.as_raw_nonzero().get());
-                    let Some(mut guardian) = self.guardians.remove(&pid) else { continue };
-                    let mut text = Vec::new();
-                    // All that it said is here. That somebody still holds the other end is no matter, nor that it had not heard everything.
-                    let _read = guardian.link.read_to_end(&mut text);
-                    match serde_json::from_slice(&text) {
-                        Ok(status) => self.ended_in(&guardian.dir, guardian.id, status),
-                        Err(_) => vanished.push(guardian),
+                    let Some(guardian) = self.guardians.remove(&pid) else { continue };
+                    match guardian.notes.left() {
+                        Some(status) => self.ended_in(&guardian.dir, guardian.id, status),
+                        None => vanished.push(guardian),
                     }
                 }
                 Err(rustix::io::Errno::INTR) => {}

@@ -6,6 +6,7 @@ mod fork;
 mod guardian;
 pub mod keeper;
 mod namespace;
+mod notes;
 mod protocol;
 mod tree;
 
