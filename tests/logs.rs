@@ -48,7 +48,7 @@ async fn a_piece_whose_commit_got_no_answer_is_not_written_over_with_more() {
         more.display()
     );
     db.builder("b", &script).await;
-    proxy.set(Mood { trap_log: true, ..Mood::default() });
+    proxy.set(Mood { trap_after: Some("INSERT INTO build_log "), ..Mood::default() });
     let _daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
     let id = db.enqueue("b").await;
     let pieces = "SELECT content FROM build_log ORDER BY seq";

@@ -43,9 +43,17 @@ impl Postman {
     /// Goes round until it is told to stop. A mail that it is dropped over is sent again, by whoever comes first after a while.
     pub async fn run(mut self) {
         tracing::info!("mail goes to {}", self.mailer.describe());
-        let (mut trouble, mut pause) = (Trouble::default(), None);
+        let (mut trouble, mut pause, mut in_doubt) = (Trouble::default(), None, false);
         while !self.stopping.is_cancelled() {
-            let wait = match self.round(&mut pause).await {
+            let round = async {
+                if in_doubt {
+                    self.database.mail_back(&self.name).await?;
+                }
+                self.round(&mut pause).await
+            };
+            let round = round.await;
+            in_doubt = round.is_err();
+            let wait = match round {
                 Ok(wait) => {
                     trouble.is_over();
                     wait

@@ -127,7 +127,7 @@ impl Database {
     /// that has had `per_hour` mails within an hour is put off; when one is left, it is a digest of all. `None`: nothing is due.
     ///
     /// # Errors
-    /// Nothing was taken, unless the answer to the COMMIT is what was lost; then it is due again after `lease`.
+    /// Nothing was taken, unless the answer to the COMMIT is what was lost; then it is due again after `lease`, or [`Database::mail_back`].
     pub async fn claim_mail(
         &self,
         reach: &mut Reach,
@@ -249,6 +249,16 @@ impl Database {
         let session = self.work().await?;
         answered(STEP, session.execute(queries::MAIL_END, &[&mails, &sender, &state, &why])).await?;
         Ok(())
+    }
+
+    /// Has what `sender` has at hand tried again at once, when it sends nothing.
+    ///
+    /// # Errors
+    /// Perhaps not stored.
+    pub async fn mail_back(&self, sender: &str) -> Result<u64> {
+        const STEP: &str = "put mails back";
+        let session = self.work().await?;
+        answered(STEP, session.execute(queries::MAIL_BACK, &[&sender])).await
     }
 
     /// Parks what has waited for too long while nothing could be sent; comes back with how many.

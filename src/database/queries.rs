@@ -40,6 +40,7 @@ statements! {
     LOOK_NEW = "look_new.sql";
     LOOK_UNLOCKED = "look_unlocked.sql";
     MAIL_AGAIN = "mail_again.sql";
+    MAIL_BACK = "mail_back.sql";
     MAIL_COUNT = "mail_count.sql";
     MAIL_DUE = "mail_due.sql";
     MAIL_END = "mail_end.sql";

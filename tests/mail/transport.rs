@@ -3,8 +3,9 @@
 use mail_parser::MessageParser;
 
 use super::{PASS, all_gone, build, insist, obedient, parse, settings, start, story, subscribe};
+use crate::support::proxy::{Mood, Proxy};
 use crate::support::smtp::{Fault, Got, Mailbox, Manner, certificate};
-use crate::support::{Daemon, Db, buildreactor, temp_dir, text, wait_for};
+use crate::support::{Daemon, Db, buildreactor, server_with_port, temp_dir, text, wait_for};
 
 #[tokio::test]
 async fn replies_of_4xx_are_tried_again_and_of_5xx_parked_with_the_words_of_the_server() {
@@ -406,4 +407,26 @@ async fn a_sendmail_program_does_as_well() {
     let letter = std::fs::read(at("sent")).unwrap();
     assert!(!letter.contains(&b'\r'));
     assert_eq!(MessageParser::default().parse(&letter).unwrap().subject(), Some("[builds] linux #3 PASSED"));
+}
+
+/// The server knows it as at hand, and the daemon does not: nobody waits for as long as a delivery may take.
+#[tokio::test]
+async fn a_mail_whose_claim_got_no_answer_is_sent_soon() {
+    let server = server_with_port(&[]).await;
+    let db = Db::on(&server).await;
+    let proxy = Proxy::to_server(&server).await;
+    let mailbox = Mailbox::open(Manner::default()).await;
+    let mut env = settings(&mailbox);
+    env.push(("BUILDREACTOR_MAIL_TIMEOUT", "10 minutes".to_owned()));
+    let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    let mut daemon = Daemon::start_at(&proxy.url(), "w", &env).await;
+    obedient(&db, "linux").await;
+    subscribe(&db, "ann@example.org", "finished").await;
+    proxy.set(Mood { trap_after: Some("-- Takes one mail"), ..Mood::default() });
+    build(&db, "linux", PASS).await;
+    db.wait("SELECT state = 'sending' AND next_at > clock_timestamp() + interval '1 hour' FROM build_mail").await;
+    daemon.says("cannot look after the mail").await;
+    proxy.set(Mood::default());
+    db.wait("SELECT state = 'sent' FROM build_mail").await;
+    assert_eq!(mailbox.taken().len(), 1);
 }

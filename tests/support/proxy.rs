@@ -22,8 +22,8 @@ pub struct Mood {
     pub trap_begin: Option<When>,
     /// Cuts off each client that begins an attempt; the server hears of the beginning when this is taken back.
     pub late_begin: bool,
-    /// Closes each connection that commits a piece of a log, before the client gets its answer.
-    pub trap_log: bool,
+    /// Closes each connection that commits and has sent this text before, before the client gets its answer.
+    pub trap_after: Option<&'static str>,
     /// Stalls with the answer to the next beginning of an attempt.
     pub stall_begin: bool,
     /// Stalls with the next force call to a Buildbot master: before the server has it, or before the client has its answer.
@@ -179,7 +179,7 @@ async fn pump(
 ) -> Option<Vec<u8>> {
     let (mut heard, mut buffer) = (orders.subscribe(), vec![0; 1 << 14]);
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
-    let (mut results, mut logs) = (false, false);
+    let (mut results, mut said) = (false, false);
     let mut begins: Option<Vec<u8>> = None;
     loop {
         if heard.wait_for(|orders| !stalls(orders.mood)).await.is_err() {
@@ -198,9 +198,10 @@ async fn pump(
             return None;
         }
         results |= watched && has(&buffer[..n], "SAVEPOINT result");
-        logs |= watched && has(&buffer[..n], "INSERT INTO build_log ");
+        let after = heard.borrow().mood.trap_after;
+        said |= watched && after.is_some_and(|text| has(&buffer[..n], text));
         let mut trap = if results && has(&buffer[..n], "COMMIT\0") { heard.borrow().mood.trap } else { None };
-        if logs && has(&buffer[..n], "COMMIT\0") && heard.borrow().mood.trap_log {
+        if said && after.is_some() && has(&buffer[..n], "COMMIT\0") {
             trap = Some(When::BeforeTheAnswer);
         }
         // A statement is parsed once a connection, under a name that is bound each time.
