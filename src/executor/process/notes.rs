@@ -6,7 +6,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::Errno;
 
 use super::protocol::Status;
 
@@ -22,7 +23,13 @@ impl Notes {
     /// # Errors
     /// No memory, or no descriptor.
     pub fn new(until: Duration) -> io::Result<Notes> {
-        let notes = Notes(File::from(memfd_create(c"attempt", MFdFlags::MFD_CLOEXEC)?));
+        // Some kernels refuse memory that could be executed (vm.memfd_noexec), older ones do not know how to ask for other (before 6.3).
+        let plain = MemfdFlags::CLOEXEC;
+        let made = match memfd_create(c"attempt", plain | MemfdFlags::NOEXEC_SEAL) {
+            Err(Errno::INVAL) => memfd_create(c"attempt", plain),
+            made => made,
+        };
+        let notes = Notes(File::from(made?));
         notes.renew(until)?;
         Ok(notes)
     }
