@@ -293,6 +293,9 @@ async fn roles_allow_what_they_are_for_and_no_more() {
             "SELECT script FROM builders",
             "SELECT cancel_build(1)",
             "SELECT pause_builder('linux')",
+            "SELECT build_queue_supersede('linux', 'key', 1)",
+            "SELECT build_needs_settle(1)",
+            "SELECT build_cancel_settle(1)",
         ] {
             let answer = ask_as(&db, role, refused);
             assert!(answer.contains("permission denied"), "{role}: {refused}: {answer}");

@@ -134,6 +134,19 @@ async fn what_an_attempt_used_is_recorded() {
     assert_eq!(usage, "t t t 100");
 }
 
+/// Whoever starts the daemon may have left anything open.
+#[tokio::test]
+async fn a_build_inherits_none_of_the_files_that_the_daemon_was_started_with() {
+    let db = Db::new().await;
+    let before = ["sh", "-c", "exec 9> /dev/null; exec \"$@\"", "sh"].map(str::to_owned).to_vec();
+    let launch = crate::support::Launch { before, ..Default::default() };
+    let mut daemon = Daemon::launch(launch, &db.url(), "w", &[HOUR]);
+    daemon.ready().await;
+    assert!(std::path::Path::new(&format!("/proc/{}/fd/9", daemon.pid())).exists());
+    let (_, told) = run(&db, "[ -e /proc/$$/fd/2 ] && [ ! -e /proc/$$/fd/9 ]").await;
+    assert_eq!(told, "passed|0");
+}
+
 #[tokio::test]
 async fn a_real_time_signal_is_told_and_leaves_nothing() {
     let db = Db::new().await;

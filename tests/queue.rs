@@ -79,6 +79,36 @@ async fn needs_that_do_not_exist_or_go_round_are_refused() {
     let refusal = db.refusal("INSERT INTO build_queue (builder, needs) VALUES ('b', '{1,NULL}')").await;
     assert!(refusal.starts_with("needs: there is no build null"), "{refusal}");
     assert_eq!(db.one::<i64>("SELECT count(*) FROM builds").await, 3);
+    // Described with them, and queued later.
+    db.execute("INSERT INTO builds (builder, needs) VALUES ('b', '{987}'), ('b', '{5}'), ('b', '{7}'), ('b', '{6}')")
+        .await;
+    for (id, why) in [
+        (4, "needs: there is no build 987"),
+        (5, "needs go round in a circle: 5 needs 5"),
+        (6, "needs go round in a circle: 6 needs 7 needs 6"),
+    ] {
+        let refusal = db.refusal(&format!("INSERT INTO build_queue (build_id) VALUES ({id})")).await;
+        assert!(refusal.starts_with(why), "{refusal}");
+    }
+    // What is queued again has run, or waited, with them: pruned ones are no matter.
+    db.execute("INSERT INTO builds (builder, state, queued_at, finished_at, needs) VALUES ('b', 'cancelled', now(), now(), '{987}'); INSERT INTO build_queue (build_id) VALUES (8)").await;
+    assert!(db.one::<bool>("SELECT ready FROM build_queue WHERE build_id = 8").await);
+}
+
+/// A build that does not listen is killed soon, not only after what it would have at its timeout.
+#[tokio::test]
+async fn a_build_that_ignores_sigterm_is_cancelled_within_two_seconds_and_a_moment() {
+    let db = Db::new().await;
+    db.builder("deaf", "trap '' TERM INT HUP; echo deaf; while :; do sleep 0.2; done").await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let id = db.enqueue("deaf").await;
+    db.wait("SELECT last_log_line = 'deaf' FROM running_builds").await;
+    db.execute(&format!("SELECT cancel_build({id}, 'enough')")).await;
+    assert_eq!(db.finished(id).await, "cancelled");
+    let took: f64 = db.one("SELECT extract(epoch FROM finished_at - cancel_requested_at)::float8 FROM builds").await;
+    println!("recorded after {took:.2} s");
+    // Of a busy machine.
+    assert!(took < 4.5, "{took}");
 }
 
 /// The transaction that two workers' results run through, with a row that both release: 500 times at the same instant.

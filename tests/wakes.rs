@@ -119,6 +119,10 @@ async fn ids_that_commit_out_of_order_are_not_overlooked() {
 async fn events_tell_of_start_and_finish_after_the_commit() {
     let db = Db::new().await;
     db.builder("b", "exit 3").await;
+    db.execute(
+        "ALTER TABLE builds ADD COLUMN \"Ticket\" text DEFAULT 'T-1', ADD COLUMN event text DEFAULT 'their own'",
+    )
+    .await;
     let (client, mut connection) = tokio_postgres::connect(&db.url(), tokio_postgres::NoTls).await.unwrap();
     let (send, mut receive) = tokio::sync::mpsc::unbounded_channel();
     let driver = tokio::task::spawn(async move {
@@ -138,8 +142,15 @@ async fn events_tell_of_start_and_finish_after_the_commit() {
             (&event.into(), &state.into(), &1.into(), &"b".into(), &1.into(), &"w".into())
         );
         assert!(told["at"].is_string());
+        assert_eq!((&told["Ticket"], told.as_object().unwrap().len()), (&"T-1".into(), 8));
     }
     assert_eq!(db.one::<String>("SELECT state::text FROM builds").await, "failed");
+    // Too long for a payload: without them.
+    db.execute("ALTER TABLE builds ADD COLUMN story text DEFAULT repeat('x', 8000)").await;
+    db.enqueue("b").await;
+    for _ in 0..2 {
+        assert_eq!(receive.recv().await.unwrap().as_object().unwrap().len(), 7);
+    }
     driver.abort();
 }
 

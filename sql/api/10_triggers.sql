@@ -24,7 +24,8 @@ BEGIN
                 HINT = 'INSERT INTO build_queue (builder) VALUES (''NAME'');  or, for a row of builds:  INSERT INTO build_queue (build_id) VALUES (ID);';
         END IF;
         IF NOT EXISTS (SELECT FROM builders WHERE name = NEW.builder) THEN
-            SELECT string_agg(name, ', ' ORDER BY name) INTO known FROM (SELECT name FROM builders ORDER BY name LIMIT 20) b;
+            SELECT string_agg(name, ', ' ORDER BY name) || CASE WHEN (SELECT count(*) FROM builders) > 20 THEN ', ...' ELSE '' END
+            INTO known FROM (SELECT name FROM builders ORDER BY name LIMIT 20) b;
             RAISE EXCEPTION 'there is no builder "%"', NEW.builder USING
                 ERRCODE = 'foreign_key_violation',
                 HINT = coalesce('There is: ' || known || '. ', '') || 'A new one: INSERT INTO builders (name, script) VALUES (''NAME'', ''SCRIPT'');';
@@ -78,13 +79,17 @@ BEGIN
     END IF;
     -- Queued or running already: the primary key refuses the row, so that ON CONFLICT DO NOTHING works too.
     IF build.state NOT IN ('queued', 'running') THEN
+        IF wanted = '{}' THEN
+            -- Nobody has looked at those that it was described with. Of one that ran before some may have been pruned.
+            wanted := CASE WHEN build.state = 'described' THEN build_needs_known(build.needs) ELSE build.needs END;
+        END IF;
         IF wanted <> '{}' THEN
             PERFORM build_needs_acyclic(build.id, wanted);
         END IF;
         UPDATE builds b
         SET state = 'queued', queued_at = clock_timestamp(), finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL,
             cancel_requested_at = NULL, cancel_reason = NULL, superseded_by = NULL,
-            needs = CASE WHEN wanted <> '{}' THEN wanted ELSE b.needs END
+            needs = wanted
         WHERE b.id = build.id;
         RETURN true;
     END IF;
@@ -242,7 +247,7 @@ CREATE OR REPLACE FUNCTION build_queue_update() RETURNS trigger
 #variable_conflict use_variable
 BEGIN
     IF NEW.build_id <> OLD.build_id OR NEW.builder <> OLD.builder THEN
-        RAISE EXCEPTION 'the builder of queued build % cannot be changed', OLD.build_id USING
+        RAISE EXCEPTION 'the % of queued build % cannot be changed', CASE WHEN NEW.build_id <> OLD.build_id THEN 'build_id' ELSE 'builder' END, OLD.build_id USING
             ERRCODE = 'check_violation',
             HINT = 'DELETE FROM build_queue WHERE build_id = ' || OLD.build_id || '; then INSERT it anew.';
     END IF;
@@ -301,7 +306,7 @@ BEGIN
     IF EXISTS (SELECT FROM builds b WHERE b.id = OLD.build_id AND b.state = 'running') THEN
         RAISE EXCEPTION 'build % is running', OLD.build_id USING
             ERRCODE = 'object_in_use',
-            HINT = format('SELECT cancel_build(%s, ''reason''); stops it. Priority, time and needs have no meaning for a build that runs.', OLD.build_id);
+            HINT = format('SELECT cancel_build(%s, ''reason''); stops it. Priority, time and needs have no meaning for a build that runs. Those that wait alone: ... WHERE build_id IN (SELECT build_id FROM queue_status).', OLD.build_id);
     END IF;
     IF TG_OP = 'DELETE' THEN
         RETURN OLD;
@@ -326,7 +331,7 @@ CREATE OR REPLACE FUNCTION build_queue_truncate() RETURNS trigger
 #variable_conflict use_variable
 BEGIN
     RAISE EXCEPTION 'TRUNCATE would leave builds queued without a row' USING
-        ERRCODE = 'object_not_in_prerequisite_state', HINT = 'DELETE FROM build_queue; cancels what waits.';
+        ERRCODE = 'object_not_in_prerequisite_state', HINT = 'DELETE FROM build_queue WHERE build_id IN (SELECT build_id FROM queue_status); cancels what waits.';
 END $$;
 COMMENT ON FUNCTION build_queue_truncate() IS 'Trigger: refuses TRUNCATE of build_queue.';
 

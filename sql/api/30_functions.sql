@@ -162,5 +162,7 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
 
+-- What triggers and daemons call works with the owner's rights, and asks nobody who they are.
+REVOKE EXECUTE ON FUNCTION build_needs_settle(bigint), build_queue_supersede(text, text, bigint), build_cancel_settle(bigint) FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
     resume_builder(text), drain_worker(text), prune_builds(interval) FROM PUBLIC;

@@ -43,7 +43,11 @@ pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCo
     buildbot(config, &builders, &mut found).await;
     kick(config, &mut found);
     mail(arguments.mail.as_deref(), config, &mut found).await;
-    print(&found)?;
+    match print(&found) {
+        // Whoever reads it has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        printed => printed?,
+    }
     Ok(match refused {
         Some(error) => ExitCode::from(super::exit_code(&error)),
         None if found.has_problem() => ExitCode::FAILURE,

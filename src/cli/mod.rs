@@ -241,7 +241,7 @@ fn start_log(arguments: &Arguments) -> anyhow::Result<()> {
     use std::io::IsTerminal;
     // It says itself what happens.
     let demo = matches!(arguments.command, Command::Demo(_));
-    let usual = if demo { "warn" } else { "info,tokio_postgres=warn,refinery_core=warn" };
+    let usual = if demo { "warn" } else { "info,tokio_postgres=error,deadpool_postgres=error,refinery_core=warn" };
     let filter = log_filter(std::env::var("BUILDREACTOR_LOG").ok().as_deref().unwrap_or(usual))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     if arguments.json {

@@ -26,6 +26,10 @@ pub async fn run(arguments: Arguments, mut config: Config) -> anyhow::Result<Exi
     let options = Options { dir: Some(dir), ..Options::default() };
     let mut server = tokio::task::spawn_blocking(move || Server::start(options)).await??;
     config.database.url = Some(server.url("postgres"));
+    // All in one place, which needs no rights elsewhere.
+    if config.worker.state_dir == Config::default().worker.state_dir {
+        config.worker.state_dir = server.data_dir().with_file_name("workers");
+    }
     let info = super::conninfo(&config)?;
     crate::database::migrate::migrate(&info).await?;
     tracing::info!("look at it with: psql '{}'", server.url("postgres"));

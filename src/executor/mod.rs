@@ -126,6 +126,11 @@ pub fn boot_id() -> String {
 /// "1h 30m", as in the configuration file.
 pub(crate) fn human(duration: Duration) -> String {
     let seconds = duration.as_secs();
+    if seconds > 0 && duration.subsec_millis() > 0 {
+        let whole = Duration::from_secs(seconds / 60 * 60);
+        let rest = format!("{}s", (duration - whole).as_millis() as f64 / 1000.0);
+        return if whole.is_zero() { rest } else { format!("{} {rest}", human(whole)) };
+    }
     let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
     let parts: Vec<String> = [(hours, "h"), (minutes, "m"), (rest, "s")]
         .into_iter()

@@ -22,6 +22,27 @@ pub fn fork_single_threaded() -> nix::Result<ForkResult> {
     unsafe { fork() }
 }
 
+/// Closes every file but the standard ones: whatever the daemon was started with would be open in each build. At the start of a program
+/// alone, before it has opened any of its own.
+#[expect(unsafe_code, reason = "takes files that nobody here owns; see there")]
+pub fn close_inherited() {
+    use std::os::fd::{FromRawFd, OwnedFd};
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    // Read to its end first: the directory itself is one of them, and is closed by then.
+    let open: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        if rustix::io::fcntl_getfd(
+            // SAFETY: only asked whether it is open.
+            unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) },
+        )
+        .is_ok()
+        {
+            // SAFETY: nothing in this program has opened it, so nothing uses it, or closes it a second time.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+}
+
 /// Lets `command` start with no signal blocked. std passes the mask of its caller on, and a guardian blocks what it reads from
 /// its signalfd: a build that cannot be terminated, only killed, would be the result.
 #[expect(unsafe_code, reason = "pre_exec; the closure is async-signal-safe")]

@@ -43,6 +43,8 @@ const PIPE_BYTES: i32 = 1 << 20;
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// Between terminate and kill at the end of a lease: with it the killing has most of the 10 s that `grace` leaves.
 const AFTER_LEASE: Duration = Duration::from_secs(2);
+/// Between terminate and kill of a build that somebody has cancelled: its end is to be recorded within two seconds, whatever it does.
+const AFTER_STOP: Duration = Duration::from_millis(1500);
 /// How long after the end of its lease a guardian acts by itself: its keeper, who comes first, is stopped or has no time.
 const WITHOUT_KEEPER: Duration = Duration::from_secs(1);
 /// How long the init of a namespace outlives the first order to kill its tree, unless the build's first process has ended: then it ends by itself.
@@ -302,8 +304,12 @@ impl<'a> Guardian<'a> {
             // Stopped processes act on SIGTERM only once they go on.
             signal_descendants(getpid(), Signal::SIGCONT, |_| true);
             let patience = Duration::from_millis(self.spec.kill_after_ms);
-            // Others may start the build soon, and this machine may be slow.
-            let patience = if end == End::LeaseOver { patience.min(AFTER_LEASE) } else { patience };
+            let patience = match end {
+                // Others may start the build soon, and this machine may be slow.
+                End::LeaseOver => patience.min(AFTER_LEASE),
+                End::Stopped => patience.min(AFTER_STOP),
+                _ => patience,
+            };
             self.phase = Phase::Terminating { end, kill_at: boottime() + patience };
         }
     }

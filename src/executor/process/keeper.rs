@@ -26,7 +26,7 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 use nix::unistd::{ForkResult, Pid, dup2_stdin, getpid};
 use rustix::process::{WaitOptions, wait};
 
-use super::fork::fork_single_threaded;
+use super::fork::{close_inherited, fork_single_threaded};
 use super::guardian::{KILL_NOW, LEASE_OVER, STATUS, STOP, guard, leave_status};
 use super::namespace;
 use super::notes::Notes;
@@ -94,6 +94,7 @@ struct Link {
 }
 
 fn run(dir: &Path) -> std::io::Result<()> {
+    close_inherited();
     let first = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     // Guardians inherit standard input, and the daemon must see the end of its connection when the keeper ends.
     dup2_stdin(File::open("/dev/null")?)?;

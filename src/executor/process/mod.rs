@@ -21,7 +21,7 @@ use self::protocol::{End, Spec, Status};
 use super::{Begin, Executor, Folders, Ready, Running, Tether, boot_id, human};
 use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
 
-/// Between terminate and kill, but for the end of a lease.
+/// Between terminate and kill at a time limit.
 pub const KILL_AFTER: Duration = Duration::from_secs(5);
 
 /// After a build could not be started here: others may take them.
@@ -338,6 +338,7 @@ mod tests {
                 Some("ran longer than its timeout of 1h 30m"),
             ),
             (status(End::Silence(60_000), None, Some(15)), Outcome::TimedOut, Some("no output for 1m")),
+            (status(End::Silence(61_500), None, Some(15)), Outcome::TimedOut, Some("no output for 1m 1.5s")),
             (status(End::NotStarted("no".into()), None, None), Outcome::Error, Some("no")),
         ];
         for (status, outcome, detail) in table {
