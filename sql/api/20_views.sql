@@ -189,7 +189,9 @@ SELECT w.build_id,
        w.run_after,
        CASE WHEN NOT r.paused AND o.accepting AND w.needs = '{}' AND w.cancel_requested_at IS NULL THEN
            greatest(w.run_after, clock_timestamp()
-               + coalesce(u.usual_time, '0') * ((w.position - 1 + coalesce(s.used, 0)) / r.max_running)::integer)
+               -- Behind others it is not known before a build of the builder has passed.
+               + CASE WHEN w.position + coalesce(s.used, 0) <= r.max_running THEN '0'
+                      ELSE u.usual_time * ((w.position - 1 + coalesce(s.used, 0)) / r.max_running)::integer END)
        END AS expected_start,
        CASE WHEN r.paused THEN 'builder ' || w.builder || ' is paused' || coalesce(': ' || r.paused_reason, '')
             WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled: a worker removes it when it next looks'
@@ -225,7 +227,7 @@ COMMENT ON COLUMN queue_status.priority IS 'Higher first.';
 COMMENT ON COLUMN queue_status.position IS 'Place in the queue of its builder, from 1.';
 COMMENT ON COLUMN queue_status.waiting IS 'How long it has waited.';
 COMMENT ON COLUMN queue_status.run_after IS 'Not before this time.';
-COMMENT ON COLUMN queue_status.expected_start IS 'When it will start if builds take their usual time; null when nobody would start it.';
+COMMENT ON COLUMN queue_status.expected_start IS 'When it will start if builds take their usual time; null when nobody would start it, or when nobody knows yet how long those before it take.';
 COMMENT ON COLUMN queue_status.waiting_because IS 'Why it waits.';
 
 CREATE OR REPLACE VIEW recent_builds AS
