@@ -31,6 +31,11 @@ async fn every_object_has_a_comment() {
              UNION ALL
              SELECT p.proname::text FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace AND obj_description(p.oid, 'pg_proc') IS NULL
              UNION ALL
+             SELECT 'trigger ' || t.tgname FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+             WHERE NOT t.tgisinternal AND c.relnamespace = 'public'::regnamespace AND obj_description(t.oid, 'pg_trigger') IS NULL
+             UNION ALL
+             SELECT 'sequence ' || c.relname FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'S' AND obj_description(c.oid, 'pg_class') IS NULL
+             UNION ALL
              SELECT t.typname::text FROM pg_type t WHERE t.typnamespace = 'public'::regnamespace AND t.typtype = 'e' AND obj_description(t.oid, 'pg_type') IS NULL",
         )
         .await;
