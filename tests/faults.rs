@@ -218,6 +218,8 @@ async fn wrong_configuration_and_unreachable_databases_have_their_exit_codes() {
     db.execute(&format!("CREATE ROLE {role} LOGIN")).await;
     let url = db.url().replace("user=postgres", &format!("user={role}"));
     let nothing = Db::empty().await;
+    // As PostgreSQL 15 and later have it.
+    nothing.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC").await;
     let empty = nothing.url().replace("user=postgres", &format!("user={role}"));
     for (command, url, cure) in [
         ("run", &url, "deploy/roles.sql gives them"),
