@@ -456,7 +456,7 @@ mod tests {
 
     #[test]
     fn every_trigger_of_the_api_is_expected() {
-        let written: usize = migrate::API.iter().map(|text| text.matches("TRIGGER ").count()).sum();
+        let written: usize = migrate::API.iter().map(|text| text.matches("CREATE OR REPLACE TRIGGER ").count()).sum();
         let expected: Vec<_> = expected_triggers().collect();
         assert!(expected.contains(&("build_queue", "build_queue_wake")), "{expected:?}");
         assert_eq!(expected.len(), written);
