@@ -130,10 +130,10 @@ async fn a_killed_daemons_builds_go_on_and_end_in_the_same_attempt() {
 #[tokio::test]
 async fn what_was_cancelled_while_there_was_no_daemon_is_ended_by_the_next() {
     let db = Db::new().await;
-    db.builder("b", "sleep 600").await;
+    db.builder("b", "echo begun; sleep 600").await;
     let mut daemon = Daemon::start(&db, "w", &[HOUR]).await;
     let id = db.enqueue("b").await;
-    db.wait("SELECT claim_held FROM running_builds").await;
+    db.wait("SELECT last_log_line = 'begun' FROM running_builds").await;
     daemon.kill();
     db.execute(&format!("SELECT cancel_build({id}, 'not wanted')")).await;
     daemon.spawn_again();
