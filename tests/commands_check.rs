@@ -287,3 +287,26 @@ async fn transaction_pooling_in_the_path_is_a_problem_and_session_pooling_is_non
     assert_eq!(code, Some(0), "{lines:#?}");
     has(&lines, "ok", &["sessions"]);
 }
+
+#[tokio::test]
+async fn who_has_read_enough_of_it_breaks_nothing() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let code = folder.path().join("code");
+    // The reader is gone before there is anything to read.
+    let command = format!(
+        "(while [ ! -e '{0}.gone' ]; do :; done; '{1}' check --database '{2}'; echo $? > '{0}') | (exec <&-; touch '{0}.gone')",
+        code.display(),
+        support::PROGRAM,
+        db.url()
+    );
+    let state = folder.path().display().to_string();
+    let output = Command::new("sh")
+        .args(["-c", &command])
+        .env("BUILDREACTOR_WORKER_STATE_DIR", &state)
+        .env("BUILDREACTOR_WORKER_MIN_FREE_DISK", "0")
+        .output()
+        .unwrap();
+    wait_for("its exit code", || async { std::fs::read_to_string(&code).is_ok_and(|code| code == "0\n") }).await;
+    assert_eq!(text(&output.stderr), "");
+}

@@ -3,19 +3,35 @@
 use buildreactor::database::conninfo::ConnInfo;
 use buildreactor::embedded::{Options, Server, StopMode};
 
-use crate::support::{Daemon, Db, buildreactor, connect, temp_dir, text, wait_for};
+use crate::support::{Daemon, Db, TempDir, buildreactor, connect, temp_dir, text, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
+/// A build that passes once `gate` is there, and its worker, which pings often.
+struct Running {
+    db: Db,
+    folder: TempDir,
+    gate: std::path::PathBuf,
+    daemon: Daemon,
+    id: i64,
+}
+
+impl Running {
+    async fn start() -> Running {
+        let db = Db::new().await;
+        let folder = temp_dir();
+        let gate = folder.path().join("gate");
+        db.builder("b", &format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await;
+        let daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "300ms")]).await;
+        let id = db.enqueue("b").await;
+        db.wait("SELECT claim_held FROM running_builds").await;
+        Running { db, folder, gate, daemon, id }
+    }
+}
+
 #[tokio::test]
 async fn a_terminated_claim_is_taken_again_and_the_build_ends_in_the_same_attempt() {
-    let db = Db::new().await;
-    let folder = temp_dir();
-    let gate = folder.path().join("gate");
-    db.builder("b", &format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await;
-    let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "300ms")]).await;
-    let id = db.enqueue("b").await;
-    db.wait("SELECT claim_held FROM running_builds").await;
+    let Running { db, gate, mut daemon, id, folder: _folder } = Running::start().await;
     db.execute("SELECT pg_terminate_backend((SELECT claim_pid FROM running_builds))").await;
     daemon.says("is held again").await;
     assert!(db.one::<bool>("SELECT claim_held FROM running_builds").await);
@@ -28,13 +44,7 @@ async fn a_terminated_claim_is_taken_again_and_the_build_ends_in_the_same_attemp
 /// For an instant others have the lock of a slot that is free because its claim is lost, and are refused then.
 #[tokio::test]
 async fn a_claim_that_is_taken_again_gets_its_slot_as_soon_as_it_can_be_had() {
-    let db = Db::new().await;
-    let folder = temp_dir();
-    let gate = folder.path().join("gate");
-    db.builder("b", &format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await;
-    let mut daemon = Daemon::start(&db, "w", &[HOUR, ("BUILDREACTOR_LEASE_PING", "300ms")]).await;
-    let id = db.enqueue("b").await;
-    db.wait("SELECT claim_held FROM running_builds").await;
+    let Running { db, gate, mut daemon, id, folder: _folder } = Running::start().await;
     let other = db.session().await;
     let number: i32 = db.one("SELECT number FROM builders").await;
     let first_in_line = tokio::spawn(async move {
@@ -231,6 +241,27 @@ async fn wrong_configuration_and_unreachable_databases_have_their_exit_codes() {
         assert!(text(&output.stderr).contains(cure), "{}", text(&output.stderr));
     }
     db.execute(&format!("DROP ROLE {role}")).await;
+}
+
+/// Who has no PostgreSQL may have no rights in /var/lib either.
+#[tokio::test]
+async fn a_private_server_and_its_workers_files_are_in_one_folder() {
+    let folder = temp_dir();
+    let dir = folder.path().join("farm");
+    let log = folder.path().join("log");
+    let mut child = std::process::Command::new(crate::support::PROGRAM)
+        .args(["run", "--embedded"])
+        .arg(&dir)
+        .env("BUILDREACTOR_WORKER_NAME", "w")
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    wait_for("it to be ready", || async { std::fs::read_to_string(&log).unwrap().contains("worker w is ready at") })
+        .await;
+    assert!(dir.join("workers/w/folder.id").exists());
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    assert_eq!(ended.code(), Some(0), "{}", std::fs::read_to_string(&log).unwrap());
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use buildreactor::embedded::Server;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
@@ -184,13 +185,19 @@ async fn a_worker_that_comes_back_with_fewer_slots_holds_all_that_it_was_running
     );
 }
 
-#[tokio::test]
-async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs_once() {
+/// A worker that reaches its database through a proxy.
+async fn behind_proxy() -> (Server, Db, Proxy, Daemon) {
     let server = server_with_port(&[]).await;
     let db = Db::on(&server).await;
     let proxy = Proxy::to_server(&server).await;
+    let daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+    (server, db, proxy, daemon)
+}
+
+#[tokio::test]
+async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs_once() {
+    let (_server, db, proxy, mut daemon) = behind_proxy().await;
     let folder = temp_dir();
-    let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
     for when in [When::BeforeTheServer, When::BeforeTheAnswer] {
         let trace = folder.path().join(format!("{when:?}"));
         let name = format!("{when:?}");
@@ -225,10 +232,7 @@ async fn an_attempt_whose_beginning_is_in_doubt_is_given_back_uncharged_and_runs
 #[tokio::test]
 async fn a_daemon_that_is_to_leave_gives_back_what_began_without_an_answer() {
     for order in [Signal::SIGUSR1, Signal::SIGINT] {
-        let server = server_with_port(&[]).await;
-        let db = Db::on(&server).await;
-        let proxy = Proxy::to_server(&server).await;
-        let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+        let (_server, db, proxy, mut daemon) = behind_proxy().await;
         db.builder("b", "true").await;
         proxy.set(Mood { stall_begin: true, ..Mood::default() });
         let id = db.enqueue("b").await;
@@ -247,10 +251,7 @@ async fn a_daemon_that_is_to_leave_gives_back_what_began_without_an_answer() {
 
 #[tokio::test]
 async fn an_attempt_that_begins_long_after_its_connection_was_lost_is_found_and_given_back() {
-    let server = server_with_port(&[]).await;
-    let db = Db::on(&server).await;
-    let proxy = Proxy::to_server(&server).await;
-    let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+    let (_server, db, proxy, mut daemon) = behind_proxy().await;
     db.builder("b", "true").await;
     db.execute("UPDATE builders SET max_attempts = 1").await;
     proxy.set(Mood { late_begin: true, ..Mood::default() });
@@ -272,10 +273,7 @@ async fn an_attempt_that_begins_long_after_its_connection_was_lost_is_found_and_
 
 #[tokio::test]
 async fn a_dead_predecessors_session_is_waited_for_and_another_daemons_is_not() {
-    let server = server_with_port(&[]).await;
-    let db = Db::on(&server).await;
-    let proxy = Proxy::to_server(&server).await;
-    let mut daemon = Daemon::start_at(&proxy.url(), "w", &[HOUR]).await;
+    let (_server, db, proxy, mut daemon) = behind_proxy().await;
     let dead = daemon.pid();
     // The server hears nothing of its end.
     proxy.set(Mood { stall_up: true, stall_down: true, ..Mood::default() });

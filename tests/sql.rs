@@ -477,4 +477,12 @@ async fn an_attempt_of_a_row_that_waits_for_something_does_not_begin() {
     assert!(!begins(id).await);
     db.execute(&format!("UPDATE build_queue SET needs = '{{}}' WHERE build_id = {id}")).await;
     assert!(begins(id).await);
+    // Nor is the row of one that runs taken away for a need that fails: its result finds its build by it.
+    db.execute(&format!(
+        "SET buildreactor.session = 'daemon'; UPDATE build_queue SET needs = '{{{need}}}' WHERE build_id = {id};
+         UPDATE builds SET state = 'failed', attempt = 1, worker = 'w', started_at = now(), finished_at = now() WHERE id = {need};
+         RESET buildreactor.session"
+    ))
+    .await;
+    assert!(db.one::<bool>(&format!("SELECT count(*) = 1 FROM build_queue WHERE build_id = {id}")).await);
 }
