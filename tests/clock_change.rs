@@ -1,7 +1,7 @@
 //! Schedules over the change of the clocks: three daemons, and a clock that this test turns.
 //!
-//! Everything is real but the time. The sessions of the daemons find `clock_timestamp()` in the schema public before PostgreSQL's
-//! own, which it adds an offset to: so the server's clock, by which all daemons go, stands where the table says.
+//! Everything is real but the time. In the catalog of the test's database another function has the name `pg_catalog.clock_timestamp`. It
+//! adds an offset to what PostgreSQL's own one says: so the server's clock, by which all daemons go, stands where the table says.
 
 use crate::support::{Daemon, Db};
 
@@ -49,7 +49,7 @@ const AUTUMN: (&str, &[Tick]) = (
 /// Turns the clock to `time`, in UTC, and has all daemons look at the schedules.
 async fn turn(db: &Db, time: &str) {
     db.execute(&format!(
-        "UPDATE turned SET by = timestamptz '{time}+00' - pg_catalog.clock_timestamp(); NOTIFY build_control, 'schedules'"
+        "UPDATE turned SET by = timestamptz '{time}+00' - pg_catalog.true_clock_timestamp(); NOTIFY build_control, 'schedules'"
     ))
     .await;
 }
@@ -57,21 +57,22 @@ async fn turn(db: &Db, time: &str) {
 #[tokio::test]
 async fn two_schedules_over_a_change_of_the_clocks_and_three_daemons_fire_as_the_table_says() {
     let db = Db::new().await;
-    let name = db.name();
     db.builder("b", "true").await;
     db.execute("UPDATE builders SET max_running = 9").await;
-    db.execute(&format!(
+    db.execute(
         "CREATE TABLE turned (by interval NOT NULL);
          INSERT INTO turned VALUES ('0');
-         CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
-             'SELECT pg_catalog.clock_timestamp() + by FROM public.turned';
+         SET allow_system_table_mods = on;
+         UPDATE pg_proc SET proname = 'true_clock_timestamp' WHERE oid = 'pg_catalog.clock_timestamp'::regproc;
+         CREATE FUNCTION pg_catalog.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
+             'SELECT pg_catalog.true_clock_timestamp() + by FROM public.turned';
+         RESET allow_system_table_mods;
          CREATE TABLE fired (n int GENERATED ALWAYS AS IDENTITY, tick timestamptz, schedule text, at timestamptz, build_id bigint);
          CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
-             'BEGIN INSERT INTO fired (tick, schedule, at, build_id) VALUES (OLD.next_at, NEW.name, NEW.last_at, NEW.last_build_id); RETURN NULL; END';
+             'BEGIN INSERT INTO public.fired (tick, schedule, at, build_id) VALUES (OLD.next_at, NEW.name, NEW.last_at, NEW.last_build_id); RETURN NULL; END';
          CREATE TRIGGER note AFTER UPDATE ON build_schedules FOR EACH ROW
-             WHEN (NEW.last_build_id IS DISTINCT FROM OLD.last_build_id) EXECUTE FUNCTION note();
-         ALTER DATABASE {name} SET search_path = public, pg_catalog"
-    ))
+             WHEN (NEW.last_build_id IS DISTINCT FROM OLD.last_build_id) EXECUTE FUNCTION note()",
+    )
     .await;
     let mut daemons = Vec::new();
     for worker in ["w1", "w2", "w3"] {

@@ -3,12 +3,17 @@
 use crate::support::{Db, buildreactor, server, text};
 use buildreactor::database::queries;
 
+/// A statement of ours for the schema of the tests.
+fn here(statement: &str) -> String {
+    statement.replace("farm.", "public.")
+}
+
 #[tokio::test]
 async fn every_statement_file_is_listed_and_can_be_prepared() {
     let db = Db::new().await;
     let session = db.session().await;
     for (file, sql) in queries::ALL {
-        session.prepare(sql).await.unwrap_or_else(|error| panic!("{file}: {error:?}"));
+        session.prepare(&here(sql)).await.unwrap_or_else(|error| panic!("{file}: {error:?}"));
         assert!(sql.starts_with("-- "), "{file} has a header");
     }
     let listed: Vec<&str> = queries::ALL.iter().map(|(file, _)| *file).collect();
@@ -434,7 +439,7 @@ async fn a_migration_waits_for_no_build_and_keeps_nobody_from_inserting() {
 async fn a_drain_stays_with_the_daemon_that_it_was_asked_of_and_so_does_a_goodbye() {
     let db = Db::new().await;
     let session = db.session().await;
-    let hello = session.prepare(queries::WORKER_HELLO).await.unwrap();
+    let hello = session.prepare(&here(queries::WORKER_HELLO)).await.unwrap();
     let says = async |run: &str, state: &str| -> Option<bool> {
         let (none, nothing) = (Vec::<String>::new(), None::<String>);
         let unready = serde_json::json!({});
@@ -468,7 +473,7 @@ async fn an_attempt_of_a_row_that_waits_for_something_does_not_begin() {
     let need = db.enqueue("b").await;
     let id = db.enqueue("b").await;
     let session = db.session().await;
-    let begin = session.prepare(queries::BEGIN_ATTEMPT).await.unwrap();
+    let begin = session.prepare(&here(queries::BEGIN_ATTEMPT)).await.unwrap();
     let begins = async |id: i64| {
         let none = Vec::<String>::new();
         session.query_opt(&begin, &[&id, &"w", &1, &none, &none, &"folder", &"boot"]).await.unwrap().is_some()

@@ -1,17 +1,17 @@
 -- Views that answer the questions people ask. They only gain columns, at the end: other people's views stand on them.
 
-CREATE OR REPLACE FUNCTION build_log_text(id bigint, attempt integer DEFAULT NULL) RETURNS text
-    LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.build_log_text(id bigint, attempt integer DEFAULT NULL) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(string_agg(l.content, '' ORDER BY l.seq), '')
-    FROM build_log l
+    FROM farm.build_log l
     WHERE l.build_id = $1
-      AND l.attempt = coalesce($2, (SELECT b.attempt FROM builds b WHERE b.id = $1))
+      AND l.attempt = coalesce($2, (SELECT b.attempt FROM farm.builds b WHERE b.id = $1))
 $$;
-COMMENT ON FUNCTION build_log_text(bigint, integer) IS 'The log of a build as one text; of its last attempt unless another is named.';
+COMMENT ON FUNCTION farm.build_log_text(bigint, integer) IS 'The log of a build as one text; of its last attempt unless another is named.';
 
 -- A held claim as the lock table shows it: the row lock itself (build_queue.xmax is the transaction that holds it).
 -- Crash-safe and never stale: there is no flag that could lie.
-CREATE OR REPLACE VIEW running_builds AS
+CREATE OR REPLACE VIEW farm.running_builds AS
 WITH holders AS MATERIALIZED (
     SELECT transactionid, pid FROM pg_locks WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted
 )
@@ -30,14 +30,14 @@ SELECT b.id AS build_id,
        h.pid AS claim_pid,
        a.external_worker,
        a.external_url,
-       (SELECT s.name FROM build_steps s WHERE s.build_id = b.id AND s.attempt = b.attempt AND s.state = 'running' ORDER BY s.position DESC LIMIT 1) AS step
-FROM builds b
-LEFT JOIN build_queue q ON q.build_id = b.id
+       (SELECT s.name FROM farm.build_steps s WHERE s.build_id = b.id AND s.attempt = b.attempt AND s.state = 'running' ORDER BY s.position DESC LIMIT 1) AS step
+FROM farm.builds b
+LEFT JOIN farm.build_queue q ON q.build_id = b.id
 LEFT JOIN holders h ON h.transactionid = q.xmax
-LEFT JOIN build_attempts a ON a.build_id = b.id AND a.attempt = b.attempt
+LEFT JOIN farm.build_attempts a ON a.build_id = b.id AND a.attempt = b.attempt
 LEFT JOIN LATERAL (
     SELECT date_trunc('milliseconds', percentile_cont(0.5) WITHIN GROUP (ORDER BY f.finished_at - f.started_at)) AS usual_time
-    FROM (SELECT p.started_at, p.finished_at FROM builds p
+    FROM (SELECT p.started_at, p.finished_at FROM farm.builds p
           WHERE p.builder = b.builder AND p.finished_at IS NOT NULL AND p.state = 'passed' AND p.started_at IS NOT NULL
           ORDER BY p.finished_at DESC LIMIT 30) f
 ) usual ON true
@@ -45,32 +45,32 @@ LEFT JOIN LATERAL (
     -- The last line that has text; of a progress bar what stands after its last carriage return. A line that is written bit by bit lies
     -- in several pieces.
     SELECT (regexp_match(rtrim(right(string_agg(right(newest.content, 2000), '' ORDER BY newest.seq), 2000), E'\r\n\t '), '[^\r\n]*$'))[1] AS last_log_line
-    FROM (SELECT l.seq, l.content FROM build_log l
+    FROM (SELECT l.seq, l.content FROM farm.build_log l
           WHERE l.build_id = b.id AND l.attempt = b.attempt
             -- From the newest piece with text on, and some before it.
-            AND l.seq > (SELECT t.seq FROM build_log t
+            AND l.seq > (SELECT t.seq FROM farm.build_log t
                          WHERE t.build_id = b.id AND t.attempt = b.attempt AND t.content ~ '\S'
                          ORDER BY t.seq DESC LIMIT 1) - 8
           ORDER BY l.seq LIMIT 16) newest
 ) last_line ON true
 WHERE b.state = 'running';
-COMMENT ON VIEW running_builds IS 'What runs now.';
-COMMENT ON COLUMN running_builds.build_id IS 'The build.';
-COMMENT ON COLUMN running_builds.builder IS 'Its builder.';
-COMMENT ON COLUMN running_builds.worker IS 'The worker that runs it.';
-COMMENT ON COLUMN running_builds.attempt IS 'Which try this is.';
-COMMENT ON COLUMN running_builds.started_at IS 'When the attempt started.';
-COMMENT ON COLUMN running_builds.elapsed IS 'How long it has been running.';
-COMMENT ON COLUMN running_builds.usual_time IS 'Median of the last 30 passed builds of the builder.';
-COMMENT ON COLUMN running_builds.percent IS 'Elapsed against usual time, at most 99.';
-COMMENT ON COLUMN running_builds.last_log_line IS 'The last line of its log.';
-COMMENT ON COLUMN running_builds.claim_held IS 'Whether a transaction holds its queue row now; read from the lock table.';
-COMMENT ON COLUMN running_builds.claim_pid IS 'Backend that holds it (pg_stat_activity.pid).';
-COMMENT ON COLUMN running_builds.external_worker IS 'buildbot: the Buildbot worker that builds it.';
-COMMENT ON COLUMN running_builds.external_url IS 'buildbot: its page on the master.';
-COMMENT ON COLUMN running_builds.step IS 'The step that runs, where its executor tells of steps.';
+COMMENT ON VIEW farm.running_builds IS 'What runs now.';
+COMMENT ON COLUMN farm.running_builds.build_id IS 'The build.';
+COMMENT ON COLUMN farm.running_builds.builder IS 'Its builder.';
+COMMENT ON COLUMN farm.running_builds.worker IS 'The worker that runs it.';
+COMMENT ON COLUMN farm.running_builds.attempt IS 'Which try this is.';
+COMMENT ON COLUMN farm.running_builds.started_at IS 'When the attempt started.';
+COMMENT ON COLUMN farm.running_builds.elapsed IS 'How long it has been running.';
+COMMENT ON COLUMN farm.running_builds.usual_time IS 'Median of the last 30 passed builds of the builder.';
+COMMENT ON COLUMN farm.running_builds.percent IS 'Elapsed against usual time, at most 99.';
+COMMENT ON COLUMN farm.running_builds.last_log_line IS 'The last line of its log.';
+COMMENT ON COLUMN farm.running_builds.claim_held IS 'Whether a transaction holds its queue row now; read from the lock table.';
+COMMENT ON COLUMN farm.running_builds.claim_pid IS 'Backend that holds it (pg_stat_activity.pid).';
+COMMENT ON COLUMN farm.running_builds.external_worker IS 'buildbot: the Buildbot worker that builds it.';
+COMMENT ON COLUMN farm.running_builds.external_url IS 'buildbot: its page on the master.';
+COMMENT ON COLUMN farm.running_builds.step IS 'The step that runs, where its executor tells of steps.';
 
-CREATE OR REPLACE VIEW builder_status AS
+CREATE OR REPLACE VIEW farm.builder_status AS
 WITH slots AS MATERIALIZED (
     SELECT classid::bigint AS number, count(*)::integer AS used FROM pg_locks
     WHERE locktype = 'advisory' AND objsubid = 2 AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -80,30 +80,30 @@ SELECT r.name AS builder,
        CASE WHEN r.paused THEN 'paused' WHEN coalesce(s.used, 0) > 0 THEN 'busy' ELSE 'idle' END AS status,
        coalesce(s.used, 0) AS slots_used,
        r.max_running,
-       (SELECT count(*) FROM build_queue q JOIN builds b ON b.id = q.build_id WHERE q.builder = r.name AND b.state <> 'running') AS waiting,
+       (SELECT count(*) FROM farm.build_queue q JOIN farm.builds b ON b.id = q.build_id WHERE q.builder = r.name AND b.state <> 'running') AS waiting,
        l.id AS last_build_id,
        l.state AS last_state,
        l.finished_at AS last_finished_at,
        r.paused_reason
-FROM builders r
+FROM farm.builders r
 LEFT JOIN slots s ON s.number = r.number
 LEFT JOIN LATERAL (
-    SELECT b.id, b.state, b.finished_at FROM builds b
+    SELECT b.id, b.state, b.finished_at FROM farm.builds b
     WHERE b.builder = r.name AND b.finished_at IS NOT NULL ORDER BY b.finished_at DESC LIMIT 1
 ) l ON true
 ORDER BY r.name;
-COMMENT ON VIEW builder_status IS 'Every builder: idle, busy or paused, and how its last build went.';
-COMMENT ON COLUMN builder_status.builder IS 'The builder.';
-COMMENT ON COLUMN builder_status.status IS 'idle, busy (at least one slot used) or paused.';
-COMMENT ON COLUMN builder_status.slots_used IS 'How many of its builds run now, over all workers; read from the lock table.';
-COMMENT ON COLUMN builder_status.max_running IS 'How many may run at once.';
-COMMENT ON COLUMN builder_status.waiting IS 'How many wait.';
-COMMENT ON COLUMN builder_status.last_build_id IS 'The build that finished last.';
-COMMENT ON COLUMN builder_status.last_state IS 'Its state.';
-COMMENT ON COLUMN builder_status.last_finished_at IS 'When it finished.';
-COMMENT ON COLUMN builder_status.paused_reason IS 'Why it is paused.';
+COMMENT ON VIEW farm.builder_status IS 'Every builder: idle, busy or paused, and how its last build went.';
+COMMENT ON COLUMN farm.builder_status.builder IS 'The builder.';
+COMMENT ON COLUMN farm.builder_status.status IS 'idle, busy (at least one slot used) or paused.';
+COMMENT ON COLUMN farm.builder_status.slots_used IS 'How many of its builds run now, over all workers; read from the lock table.';
+COMMENT ON COLUMN farm.builder_status.max_running IS 'How many may run at once.';
+COMMENT ON COLUMN farm.builder_status.waiting IS 'How many wait.';
+COMMENT ON COLUMN farm.builder_status.last_build_id IS 'The build that finished last.';
+COMMENT ON COLUMN farm.builder_status.last_state IS 'Its state.';
+COMMENT ON COLUMN farm.builder_status.last_finished_at IS 'When it finished.';
+COMMENT ON COLUMN farm.builder_status.paused_reason IS 'Why it is paused.';
 
-CREATE OR REPLACE VIEW worker_status AS
+CREATE OR REPLACE VIEW farm.worker_status AS
 WITH alive AS MATERIALIZED (
     -- A living daemon holds an advisory lock on its name, in class -2.
     SELECT objid FROM pg_locks
@@ -112,7 +112,7 @@ WITH alive AS MATERIALIZED (
 )
 SELECT w.name AS worker,
        CASE WHEN a.objid IS NOT NULL THEN w.state WHEN w.state = 'stopped' THEN 'stopped' ELSE 'gone' END AS status,
-       (SELECT count(*) FROM builds b WHERE b.state = 'running' AND b.worker = w.name) AS running,
+       (SELECT count(*) FROM farm.builds b WHERE b.state = 'running' AND b.worker = w.name) AS running,
        w.slots,
        w.labels,
        w.builders,
@@ -124,55 +124,55 @@ SELECT w.name AS worker,
        w.detail,
        w.accepting,
        w.unready
-FROM workers w
+FROM farm.workers w
 LEFT JOIN alive a ON a.objid = (hashtext(w.name)::bigint & 4294967295)::oid
 ORDER BY w.name;
-COMMENT ON VIEW worker_status IS 'Every worker: active, draining, stopped, or gone (it vanished without a goodbye).';
-COMMENT ON COLUMN worker_status.worker IS 'The worker.';
-COMMENT ON COLUMN worker_status.status IS 'active, draining, stopped or gone; alive or not is read from the lock table.';
-COMMENT ON COLUMN worker_status.running IS 'How many builds it runs.';
-COMMENT ON COLUMN worker_status.slots IS 'How many it runs at once.';
-COMMENT ON COLUMN worker_status.labels IS 'Labels it offers.';
-COMMENT ON COLUMN worker_status.builders IS 'Patterns of builder names that it takes.';
-COMMENT ON COLUMN worker_status.host IS 'Machine it runs on.';
-COMMENT ON COLUMN worker_status.pid IS 'Process id of its daemon.';
-COMMENT ON COLUMN worker_status.version IS 'Version of its daemon.';
-COMMENT ON COLUMN worker_status.started_at IS 'When its daemon started.';
-COMMENT ON COLUMN worker_status.seen_ago IS 'How long ago it last looked at the queue.';
-COMMENT ON COLUMN worker_status.detail IS 'One line for a person.';
-COMMENT ON COLUMN worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
-COMMENT ON COLUMN worker_status.unready IS 'Builders whose builds it could not start when it last tried, each with the reason.';
+COMMENT ON VIEW farm.worker_status IS 'Every worker: active, draining, stopped, or gone (it vanished without a goodbye).';
+COMMENT ON COLUMN farm.worker_status.worker IS 'The worker.';
+COMMENT ON COLUMN farm.worker_status.status IS 'active, draining, stopped or gone; alive or not is read from the lock table.';
+COMMENT ON COLUMN farm.worker_status.running IS 'How many builds it runs.';
+COMMENT ON COLUMN farm.worker_status.slots IS 'How many it runs at once.';
+COMMENT ON COLUMN farm.worker_status.labels IS 'Labels it offers.';
+COMMENT ON COLUMN farm.worker_status.builders IS 'Patterns of builder names that it takes.';
+COMMENT ON COLUMN farm.worker_status.host IS 'Machine it runs on.';
+COMMENT ON COLUMN farm.worker_status.pid IS 'Process id of its daemon.';
+COMMENT ON COLUMN farm.worker_status.version IS 'Version of its daemon.';
+COMMENT ON COLUMN farm.worker_status.started_at IS 'When its daemon started.';
+COMMENT ON COLUMN farm.worker_status.seen_ago IS 'How long ago it last looked at the queue.';
+COMMENT ON COLUMN farm.worker_status.detail IS 'One line for a person.';
+COMMENT ON COLUMN farm.worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
+COMMENT ON COLUMN farm.worker_status.unready IS 'Builders whose builds it could not start when it last tried, each with the reason.';
 
-CREATE OR REPLACE VIEW queue_status AS
+CREATE OR REPLACE VIEW farm.queue_status AS
 WITH waiting AS (
     SELECT q.build_id, q.builder, q.priority, q.run_after, q.ready, q.needs, b.queued_at, b.attempt, b.detail, b.cancel_requested_at,
            row_number() OVER (PARTITION BY q.builder ORDER BY q.ready DESC, q.priority DESC, q.build_id) AS position
-    FROM build_queue q JOIN builds b ON b.id = q.build_id
+    FROM farm.build_queue q JOIN farm.builds b ON b.id = q.build_id
     WHERE b.state <> 'running'
 ), usual AS MATERIALIZED (
     SELECT r.name, u.usual_time
-    FROM builders r
+    FROM farm.builders r
     CROSS JOIN LATERAL (
         SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY f.finished_at - f.started_at) AS usual_time
-        FROM (SELECT p.started_at, p.finished_at FROM builds p
+        FROM (SELECT p.started_at, p.finished_at FROM farm.builds p
               WHERE p.builder = r.name AND p.finished_at IS NOT NULL AND p.state = 'passed' AND p.started_at IS NOT NULL
               ORDER BY p.finished_at DESC LIMIT 30) f
     ) u
 ), live AS MATERIALIZED (
-    SELECT worker, status, accepting, detail, unready, labels, builders, running < slots AS idle FROM worker_status WHERE status IN ('active', 'draining')
+    SELECT worker, status, accepting, detail, unready, labels, builders, running < slots AS idle FROM farm.worker_status WHERE status IN ('active', 'draining')
 ), offers AS MATERIALIZED (
     -- In one pass: a view that looks costly is compiled by PostgreSQL (jit), and that takes longer than running it.
     SELECT r.name, count(w.worker) > 0 AS fitting, coalesce(bool_or(w.accepting AND NOT w.unready ? r.name), false) AS accepting,
            coalesce(bool_or(w.accepting AND NOT w.unready ? r.name AND w.idle), false) AS idle,
            coalesce(min(w.unready ->> r.name) FILTER (WHERE w.accepting),
                     min('worker ' || w.worker || ' is ' || w.detail) FILTER (WHERE NOT w.accepting)) AS refusal
-    FROM builders r
+    FROM farm.builders r
     LEFT JOIN live w ON w.status = 'active' AND r.labels <@ w.labels AND r.name ~ (
         SELECT '^(' || string_agg(replace(replace(replace(p, '.', '\.'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)
     GROUP BY r.name
 ), lock_use AS MATERIALIZED (
     SELECT l.name, l.capacity, count(u.objid) AS used
-    FROM build_locks l
+    FROM farm.build_locks l
     LEFT JOIN pg_locks u ON u.locktype = 'advisory' AND u.objsubid = 2 AND u.granted AND u.classid::bigint = 4294966296 - l.number
         AND u.database = (SELECT oid FROM pg_database WHERE datname = current_database())
     GROUP BY l.name, l.capacity
@@ -197,7 +197,7 @@ SELECT w.build_id,
             WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled: a worker removes it when it next looks'
             WHEN w.needs <> '{}' THEN 'needs ' || (
                 SELECT string_agg(format('#%s (%s)', n.id, CASE n.state WHEN 'described' THEN 'described, not queued' ELSE n.state::text END), ', ' ORDER BY n.id)
-                FROM builds n WHERE n.id = ANY (w.needs))
+                FROM farm.builds n WHERE n.id = ANY (w.needs))
             WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL
                 THEN w.detail || '; next try at ' || to_char(w.run_after, 'HH24:MI:SS TZ')
             WHEN NOT w.ready THEN 'scheduled for ' || to_char(w.run_after, 'YYYY-MM-DD HH24:MI:SS TZ')
@@ -215,22 +215,22 @@ SELECT w.build_id,
             ELSE 'about to start'
        END AS waiting_because
 FROM waiting w
-JOIN builders r ON r.name = w.builder
+JOIN farm.builders r ON r.name = w.builder
 LEFT JOIN slots s ON s.number = r.number
 JOIN offers o ON o.name = w.builder
 JOIN usual u ON u.name = w.builder
 ORDER BY w.ready DESC, w.priority DESC, w.build_id;
-COMMENT ON VIEW queue_status IS 'What waits, in which place, how long, and why.';
-COMMENT ON COLUMN queue_status.build_id IS 'The build.';
-COMMENT ON COLUMN queue_status.builder IS 'Its builder.';
-COMMENT ON COLUMN queue_status.priority IS 'Higher first.';
-COMMENT ON COLUMN queue_status.position IS 'Place in the queue of its builder, from 1.';
-COMMENT ON COLUMN queue_status.waiting IS 'How long it has waited.';
-COMMENT ON COLUMN queue_status.run_after IS 'Not before this time.';
-COMMENT ON COLUMN queue_status.expected_start IS 'When it will start if builds take their usual time; null when nobody would start it, or when nobody knows yet how long those before it take.';
-COMMENT ON COLUMN queue_status.waiting_because IS 'Why it waits.';
+COMMENT ON VIEW farm.queue_status IS 'What waits, in which place, how long, and why.';
+COMMENT ON COLUMN farm.queue_status.build_id IS 'The build.';
+COMMENT ON COLUMN farm.queue_status.builder IS 'Its builder.';
+COMMENT ON COLUMN farm.queue_status.priority IS 'Higher first.';
+COMMENT ON COLUMN farm.queue_status.position IS 'Place in the queue of its builder, from 1.';
+COMMENT ON COLUMN farm.queue_status.waiting IS 'How long it has waited.';
+COMMENT ON COLUMN farm.queue_status.run_after IS 'Not before this time.';
+COMMENT ON COLUMN farm.queue_status.expected_start IS 'When it will start if builds take their usual time; null when nobody would start it, or when nobody knows yet how long those before it take.';
+COMMENT ON COLUMN farm.queue_status.waiting_because IS 'Why it waits.';
 
-CREATE OR REPLACE VIEW recent_builds AS
+CREATE OR REPLACE VIEW farm.recent_builds AS
 SELECT b.id AS build_id,
        b.builder,
        b.state,
@@ -243,25 +243,25 @@ SELECT b.id AS build_id,
        b.detail,
        b.reason,
        b.submitted_by
-FROM builds b
+FROM farm.builds b
 WHERE b.finished_at IS NOT NULL
 ORDER BY b.finished_at DESC, b.id DESC
 LIMIT 100;
-COMMENT ON VIEW recent_builds IS 'The last 100 builds that finished, newest first.';
-COMMENT ON COLUMN recent_builds.build_id IS 'The build.';
-COMMENT ON COLUMN recent_builds.builder IS 'Its builder.';
-COMMENT ON COLUMN recent_builds.state IS 'How it ended.';
-COMMENT ON COLUMN recent_builds.attempt IS 'How many attempts it took.';
-COMMENT ON COLUMN recent_builds.worker IS 'The worker of the last attempt.';
-COMMENT ON COLUMN recent_builds.waited IS 'From queued to the start of the last attempt.';
-COMMENT ON COLUMN recent_builds.ran IS 'How long the last attempt took.';
-COMMENT ON COLUMN recent_builds.finished_at IS 'When it finished.';
-COMMENT ON COLUMN recent_builds.exit_code IS 'Exit code of the script.';
-COMMENT ON COLUMN recent_builds.detail IS 'Why it is in this state.';
-COMMENT ON COLUMN recent_builds.reason IS 'Why it was asked for.';
-COMMENT ON COLUMN recent_builds.submitted_by IS 'Who asked for it.';
+COMMENT ON VIEW farm.recent_builds IS 'The last 100 builds that finished, newest first.';
+COMMENT ON COLUMN farm.recent_builds.build_id IS 'The build.';
+COMMENT ON COLUMN farm.recent_builds.builder IS 'Its builder.';
+COMMENT ON COLUMN farm.recent_builds.state IS 'How it ended.';
+COMMENT ON COLUMN farm.recent_builds.attempt IS 'How many attempts it took.';
+COMMENT ON COLUMN farm.recent_builds.worker IS 'The worker of the last attempt.';
+COMMENT ON COLUMN farm.recent_builds.waited IS 'From queued to the start of the last attempt.';
+COMMENT ON COLUMN farm.recent_builds.ran IS 'How long the last attempt took.';
+COMMENT ON COLUMN farm.recent_builds.finished_at IS 'When it finished.';
+COMMENT ON COLUMN farm.recent_builds.exit_code IS 'Exit code of the script.';
+COMMENT ON COLUMN farm.recent_builds.detail IS 'Why it is in this state.';
+COMMENT ON COLUMN farm.recent_builds.reason IS 'Why it was asked for.';
+COMMENT ON COLUMN farm.recent_builds.submitted_by IS 'Who asked for it.';
 
-CREATE OR REPLACE VIEW build_stats AS
+CREATE OR REPLACE VIEW farm.build_stats AS
 SELECT b.builder,
        count(*) AS runs,
        count(*) FILTER (WHERE b.state = 'passed') AS passed,
@@ -270,16 +270,16 @@ SELECT b.builder,
        date_trunc('milliseconds', percentile_cont(0.95) WITHIN GROUP (ORDER BY b.finished_at - b.started_at)) AS p95_time,
        date_trunc('milliseconds', percentile_cont(0.5) WITHIN GROUP (ORDER BY b.started_at - b.queued_at)) AS median_waiting,
        date_trunc('milliseconds', percentile_cont(0.95) WITHIN GROUP (ORDER BY b.started_at - b.queued_at)) AS p95_waiting
-FROM builds b
+FROM farm.builds b
 WHERE b.state IN ('passed', 'failed', 'timed_out')
 GROUP BY b.builder
 ORDER BY b.builder;
-COMMENT ON VIEW build_stats IS 'Per builder: runs, pass rate, and how long builds take and wait. Counts builds that ended passed, failed or timed_out.';
-COMMENT ON COLUMN build_stats.builder IS 'The builder.';
-COMMENT ON COLUMN build_stats.runs IS 'Builds that ended with a verdict.';
-COMMENT ON COLUMN build_stats.passed IS 'How many of them passed.';
-COMMENT ON COLUMN build_stats.pass_rate IS 'Passed in percent.';
-COMMENT ON COLUMN build_stats.median_time IS 'Median build time.';
-COMMENT ON COLUMN build_stats.p95_time IS '95th percentile of build time.';
-COMMENT ON COLUMN build_stats.median_waiting IS 'Median time in the queue.';
-COMMENT ON COLUMN build_stats.p95_waiting IS '95th percentile of time in the queue.';
+COMMENT ON VIEW farm.build_stats IS 'Per builder: runs, pass rate, and how long builds take and wait. Counts builds that ended passed, failed or timed_out.';
+COMMENT ON COLUMN farm.build_stats.builder IS 'The builder.';
+COMMENT ON COLUMN farm.build_stats.runs IS 'Builds that ended with a verdict.';
+COMMENT ON COLUMN farm.build_stats.passed IS 'How many of them passed.';
+COMMENT ON COLUMN farm.build_stats.pass_rate IS 'Passed in percent.';
+COMMENT ON COLUMN farm.build_stats.median_time IS 'Median build time.';
+COMMENT ON COLUMN farm.build_stats.p95_time IS '95th percentile of build time.';
+COMMENT ON COLUMN farm.build_stats.median_waiting IS 'Median time in the queue.';
+COMMENT ON COLUMN farm.build_stats.p95_waiting IS '95th percentile of time in the queue.';

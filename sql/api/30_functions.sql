@@ -3,26 +3,26 @@
 -- SECURITY DEFINER, and not for everybody: who may call them needs no rights on the tables, and so cannot make up results, or change
 -- what a builder runs. deploy/roles.sql grants them to operators.
 
-CREATE OR REPLACE FUNCTION cancel_build(id bigint, reason text DEFAULT NULL) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.cancel_build(id bigint, reason text DEFAULT NULL) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    build builds;
+    build farm.builds;
     said text := format('cancelled by %s', session_user) || coalesce(': ' || reason, '');
 BEGIN
     -- The queue row before the builds row, as everybody; a locked one is claimed, and its worker is told.
-    PERFORM FROM build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
+    PERFORM FROM farm.build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
-        UPDATE builds b
+        UPDATE farm.builds b
         SET state = 'cancelled', finished_at = clock_timestamp(), detail = said, exit_code = NULL, term_signal = NULL,
             cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
         WHERE b.id = $1 AND b.state = 'queued';
         IF FOUND THEN
-            DELETE FROM build_queue q WHERE q.build_id = $1;
+            DELETE FROM farm.build_queue q WHERE q.build_id = $1;
             RETURN 'cancelled';
         END IF;
     END IF;
-    UPDATE builds b
+    UPDATE farm.builds b
     SET cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
     WHERE b.id = $1 AND b.state IN ('queued', 'running')
     RETURNING b.* INTO build;
@@ -30,12 +30,12 @@ BEGIN
         PERFORM pg_notify('build_control', 'cancel');
         RETURN CASE build.state WHEN 'running' THEN 'its worker is told to stop it' ELSE 'it will be cancelled as soon as its row is free' END;
     END IF;
-    SELECT b.* INTO build FROM builds b WHERE b.id = $1;
+    SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
     END IF;
     IF build.state = 'described' THEN
-        UPDATE builds b
+        UPDATE farm.builds b
         SET state = 'cancelled', queued_at = clock_timestamp(), finished_at = clock_timestamp(), detail = said,
             cancel_requested_at = clock_timestamp(), cancel_reason = reason
         WHERE b.id = $1 AND b.state = 'described';
@@ -43,29 +43,29 @@ BEGIN
     END IF;
     RETURN format('it had already ended: %s', build.state);
 END $$;
-COMMENT ON FUNCTION cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which.';
+COMMENT ON FUNCTION farm.cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which.';
 
-CREATE OR REPLACE FUNCTION build_cancel_settle(id bigint) RETURNS text
-    LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT
-    AS $$ SELECT cancel_build(b.id, b.cancel_reason) FROM builds b WHERE b.id = $1 AND b.cancel_requested_at IS NOT NULL $$;
-COMMENT ON FUNCTION build_cancel_settle(bigint) IS 'Cancels a waiting build that somebody wanted cancelled while its row was locked. For workers, who may cancel nothing else.';
+CREATE OR REPLACE FUNCTION farm.build_cancel_settle(id bigint) RETURNS text
+    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS $$ SELECT farm.cancel_build(b.id, b.cancel_reason) FROM farm.builds b WHERE b.id = $1 AND b.cancel_requested_at IS NOT NULL $$;
+COMMENT ON FUNCTION farm.build_cancel_settle(bigint) IS 'Cancels a waiting build that somebody wanted cancelled while its row was locked. For workers, who may cancel nothing else.';
 
-CREATE OR REPLACE FUNCTION retry_build(id bigint) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.retry_build(id bigint) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    now_state build_state;
+    now_state farm.build_state;
 BEGIN
-    SELECT b.state INTO now_state FROM builds b WHERE b.id = $1;
+    SELECT b.state INTO now_state FROM farm.builds b WHERE b.id = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
     END IF;
     IF now_state IN ('queued', 'running') THEN
         -- Between two tries it need not wait any longer. Locked first and looked at afterwards, as in prioritize_build.
-        PERFORM FROM build_queue q WHERE q.build_id = $1 AND q.run_after IS NOT NULL FOR UPDATE SKIP LOCKED;
+        PERFORM FROM farm.build_queue q WHERE q.build_id = $1 AND q.run_after IS NOT NULL FOR UPDATE SKIP LOCKED;
         IF FOUND THEN
-            UPDATE build_queue q SET run_after = NULL
-            WHERE q.build_id = $1 AND NOT EXISTS (SELECT FROM builds b WHERE b.id = $1 AND b.state = 'running');
+            UPDATE farm.build_queue q SET run_after = NULL
+            WHERE q.build_id = $1 AND NOT EXISTS (SELECT FROM farm.builds b WHERE b.id = $1 AND b.state = 'running');
             IF FOUND THEN
                 RETURN 'queued, to start at once';
             END IF;
@@ -73,74 +73,74 @@ BEGIN
         RETURN format('it is %s already', now_state);
     END IF;
     -- Somebody else may do the same at this moment.
-    INSERT INTO build_queue (build_id) VALUES ($1) ON CONFLICT DO NOTHING;
+    INSERT INTO farm.build_queue (build_id) VALUES ($1) ON CONFLICT DO NOTHING;
     RETURN CASE WHEN FOUND THEN 'queued' ELSE 'it is queued already' END;
 END $$;
-COMMENT ON FUNCTION retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once.';
+COMMENT ON FUNCTION farm.retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once.';
 
-CREATE OR REPLACE FUNCTION prioritize_build(id bigint, priority integer) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.prioritize_build(id bigint, priority integer) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    now_state build_state;
+    now_state farm.build_state;
 BEGIN
     -- A row may be free while its build runs: its worker has stepped aside for a moment, or lost its claim. The second statement sees
     -- what was committed before the lock.
-    PERFORM FROM build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
+    PERFORM FROM farm.build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
-        UPDATE build_queue q SET priority = $2
-        WHERE q.build_id = $1 AND NOT EXISTS (SELECT FROM builds b WHERE b.id = $1 AND b.state = 'running');
+        UPDATE farm.build_queue q SET priority = $2
+        WHERE q.build_id = $1 AND NOT EXISTS (SELECT FROM farm.builds b WHERE b.id = $1 AND b.state = 'running');
         IF FOUND THEN
             RETURN format('priority %s', $2);
         END IF;
     END IF;
-    SELECT b.state INTO now_state FROM builds b WHERE b.id = $1;
+    SELECT b.state INTO now_state FROM farm.builds b WHERE b.id = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
     END IF;
     RETURN CASE WHEN now_state = 'queued' THEN 'it is about to start' ELSE format('it is %s', now_state) END;
 END $$;
-COMMENT ON FUNCTION prioritize_build(bigint, integer) IS 'Changes the priority of a build that waits.';
+COMMENT ON FUNCTION farm.prioritize_build(bigint, integer) IS 'Changes the priority of a build that waits.';
 
-CREATE OR REPLACE FUNCTION pause_builder(name text, reason text DEFAULT NULL) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.pause_builder(name text, reason text DEFAULT NULL) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    UPDATE builders r SET paused = true, paused_reason = reason WHERE r.name = $1;
+    UPDATE farm.builders r SET paused = true, paused_reason = reason WHERE r.name = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
     END IF;
     RETURN 'paused; what runs goes on';
 END $$;
-COMMENT ON FUNCTION pause_builder(text, text) IS 'Starts no more builds of this builder; what runs goes on.';
+COMMENT ON FUNCTION farm.pause_builder(text, text) IS 'Starts no more builds of this builder; what runs goes on.';
 
-CREATE OR REPLACE FUNCTION resume_builder(name text) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.resume_builder(name text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    UPDATE builders r SET paused = false, paused_reason = NULL WHERE r.name = $1;
+    UPDATE farm.builders r SET paused = false, paused_reason = NULL WHERE r.name = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
     END IF;
     RETURN 'resumed';
 END $$;
-COMMENT ON FUNCTION resume_builder(text) IS 'Ends a pause.';
+COMMENT ON FUNCTION farm.resume_builder(text) IS 'Ends a pause.';
 
-CREATE OR REPLACE FUNCTION drain_worker(name text) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.drain_worker(name text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    UPDATE workers w SET drain_requested = true WHERE w.name = $1;
+    UPDATE farm.workers w SET drain_requested = true WHERE w.name = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no worker "%"', $1 USING ERRCODE = 'no_data_found';
     END IF;
     PERFORM pg_notify('build_control', 'drain');
     RETURN 'it claims nothing more, finishes what runs, and leaves';
 END $$;
-COMMENT ON FUNCTION drain_worker(text) IS 'Lets a worker finish what it runs and then leave.';
+COMMENT ON FUNCTION farm.drain_worker(text) IS 'Lets a worker finish what it runs and then leave.';
 
-CREATE OR REPLACE FUNCTION prune_builds(older_than interval) RETURNS bigint
-    LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+CREATE OR REPLACE FUNCTION farm.prune_builds(older_than interval) RETURNS bigint
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     gone bigint;
@@ -150,19 +150,19 @@ BEGIN
     END IF;
     -- A batch a call, the oldest first, so that no call holds anything up; what others hold is left for the next.
     WITH old AS (
-        SELECT b.id FROM builds b
+        SELECT b.id FROM farm.builds b
         WHERE b.finished_at < clock_timestamp() - older_than
-          AND NOT EXISTS (SELECT FROM build_queue q WHERE q.needs <> '{}' AND q.needs @> ARRAY[b.id])
+          AND NOT EXISTS (SELECT FROM farm.build_queue q WHERE q.needs <> '{}' AND q.needs @> ARRAY[b.id])
         ORDER BY b.finished_at LIMIT 1000 FOR UPDATE SKIP LOCKED
     ), deleted AS (
-        DELETE FROM builds b USING old WHERE b.id = old.id RETURNING 1
+        DELETE FROM farm.builds b USING old WHERE b.id = old.id RETURNING 1
     )
     SELECT count(*) INTO gone FROM deleted;
     RETURN gone;
 END $$;
-COMMENT ON FUNCTION prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
+COMMENT ON FUNCTION farm.prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
 
 -- What triggers and daemons call works with the owner's rights, and asks nobody who they are.
-REVOKE EXECUTE ON FUNCTION build_needs_settle(bigint), build_queue_supersede(text, text, bigint), build_cancel_settle(bigint) FROM PUBLIC;
-REVOKE EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
-    resume_builder(text), drain_worker(text), prune_builds(interval) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION farm.build_needs_settle(bigint), farm.build_queue_supersede(text, text, bigint), farm.build_cancel_settle(bigint) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION farm.cancel_build(bigint, text), farm.retry_build(bigint), farm.prioritize_build(bigint, integer), farm.pause_builder(text, text),
+    farm.resume_builder(text), farm.drain_worker(text), farm.prune_builds(interval) FROM PUBLIC;

@@ -5,13 +5,13 @@
 -- Locks: the builds row, for the length of this statement.
 -- What runs is found through the newest attempt of a slot: behind a long claim an index of what runs is full of dead entries.
 WITH builder AS MATERIALIZED (
-    SELECT r.* FROM build_queue q JOIN builders r ON r.name = q.builder
+    SELECT r.* FROM farm.build_queue q JOIN farm.builders r ON r.name = q.builder
     WHERE q.build_id = $1 AND q.ready AND NOT r.paused AND r.labels <@ $4
       -- A running build keeps its slot when its claim is lost for a while, and with it the lock on the slot.
-      AND NOT EXISTS (SELECT FROM (SELECT a.state FROM build_attempts a WHERE a.builder = r.name AND a.slot = $3
+      AND NOT EXISTS (SELECT FROM (SELECT a.state FROM farm.build_attempts a WHERE a.builder = r.name AND a.slot = $3
                                    ORDER BY a.started_at DESC LIMIT 1) last WHERE last.state = 'running')
       -- Likewise the units of its locks.
-      AND NOT EXISTS (SELECT FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+      AND NOT EXISTS (SELECT FROM farm.builds x JOIN farm.build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
                       WHERE $5::text[] <> '{}' AND x.state = 'running' AND a.lock_units && $5)
       -- Nor was a lock added since the claim.
       AND cardinality(r.locks) = cardinality($5)
@@ -19,25 +19,25 @@ WITH builder AS MATERIALIZED (
       -- others may come to more than the limit together. No other claim has this slot, so this holds side by side too.
       AND $3 + (
           WITH RECURSIVE above(slot) AS (
-              SELECT (SELECT min(a.slot) FROM build_attempts a WHERE a.builder = r.name AND a.slot > $3)
+              SELECT (SELECT min(a.slot) FROM farm.build_attempts a WHERE a.builder = r.name AND a.slot > $3)
               UNION ALL
-              SELECT (SELECT min(a.slot) FROM build_attempts a WHERE a.builder = r.name AND a.slot > above.slot) FROM above
+              SELECT (SELECT min(a.slot) FROM farm.build_attempts a WHERE a.builder = r.name AND a.slot > above.slot) FROM above
               WHERE above.slot IS NOT NULL
           )
           SELECT count(*) FROM above CROSS JOIN LATERAL (
-              SELECT a.state FROM build_attempts a WHERE a.builder = r.name AND a.slot = above.slot ORDER BY a.started_at DESC LIMIT 1) last
+              SELECT a.state FROM farm.build_attempts a WHERE a.builder = r.name AND a.slot = above.slot ORDER BY a.started_at DESC LIMIT 1) last
           WHERE last.state = 'running') <= r.max_running
       -- Likewise the units of each lock, and its capacity.
       AND NOT EXISTS (
           SELECT FROM unnest($5::text[]) AS held
           CROSS JOIN LATERAL (SELECT split_part(held, '#', 1) AS name, split_part(held, '#', 2)::integer AS unit) u
-          JOIN build_locks l ON l.name = u.name
-          WHERE u.unit + (SELECT count(*) FROM builds x JOIN build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
+          JOIN farm.build_locks l ON l.name = u.name
+          WHERE u.unit + (SELECT count(*) FROM farm.builds x JOIN farm.build_attempts a ON a.build_id = x.id AND a.attempt = x.attempt
                           CROSS JOIN unnest(a.lock_units) AS other
                           WHERE x.state = 'running' AND split_part(other, '#', 1) = u.name AND split_part(other, '#', 2)::integer > u.unit)
                 > l.capacity)
 ), started AS (
-    UPDATE builds b
+    UPDATE farm.builds b
     SET state = 'running', attempt = b.attempt + 1, worker = $2, started_at = clock_timestamp(),
         -- Null where a row was written to build_queue with its triggers disabled.
         queued_at = coalesce(b.queued_at, clock_timestamp()),
@@ -46,7 +46,7 @@ WITH builder AS MATERIALIZED (
     WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL
     RETURNING b.attempt, b.started_at, b.queued_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
-    INSERT INTO build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units)
+    INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units)
     SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5 FROM started s CROSS JOIN builder r
 )
 SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
@@ -57,7 +57,7 @@ SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS starte
        ARRAY(SELECT value FROM jsonb_each_text(r.env) ORDER BY key) AS env_values,
        extract(epoch FROM r.timeout)::float8 AS timeout_seconds,
        extract(epoch FROM r.silence_timeout)::float8 AS silence_seconds, r.settings::text AS settings,
-       (extract(epoch FROM coalesce((SELECT a.started_at FROM build_attempts a WHERE a.build_id = $1 ORDER BY a.attempt LIMIT 1), s.started_at)) * 1000000)::bigint AS first_us,
-       (SELECT coalesce(max(a.attempt), 0) + 1 FROM build_attempts a
+       (extract(epoch FROM coalesce((SELECT a.started_at FROM farm.build_attempts a WHERE a.build_id = $1 ORDER BY a.attempt LIMIT 1), s.started_at)) * 1000000)::bigint AS first_us,
+       (SELECT coalesce(max(a.attempt), 0) + 1 FROM farm.build_attempts a
         WHERE a.build_id = $1 AND (a.state <> 'lost' OR a.started_at < s.queued_at)) AS adopt_from
 FROM started s CROSS JOIN builder r

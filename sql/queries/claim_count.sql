@@ -4,14 +4,14 @@
 -- $1 bigint  build    $2 integer  attempt    $3 bigint  its start, microseconds since 1970
 -- Locks: the row of build_attempts. Its own state is asked too: that is what is looked at again after a wait for that lock.
 WITH counted AS (
-    UPDATE build_attempts a SET claims = a.claims + 1
-    FROM builds b JOIN builders r ON r.name = b.builder
+    UPDATE farm.build_attempts a SET claims = a.claims + 1
+    FROM farm.builds b JOIN farm.builders r ON r.name = b.builder
     WHERE a.build_id = $1 AND a.attempt = $2 AND a.state = 'running' AND (extract(epoch FROM a.started_at) * 1000000)::bigint = $3
       AND b.id = a.build_id AND b.attempt = a.attempt AND b.state = 'running'
     RETURNING r.number, coalesce(a.slot, 0) AS slot, a.lock_units
 ), units AS (
     SELECT -1000 - l.number AS class, split_part(u, '#', 2)::integer AS key
-    FROM counted c CROSS JOIN unnest(c.lock_units) AS u JOIN build_locks l ON l.name = split_part(u, '#', 1)
+    FROM counted c CROSS JOIN unnest(c.lock_units) AS u JOIN farm.build_locks l ON l.name = split_part(u, '#', 1)
 )
 SELECT c.number || ARRAY(SELECT class FROM units ORDER BY class, key) AS classes, c.slot || ARRAY(SELECT key FROM units ORDER BY class, key) AS keys
 FROM counted c

@@ -2,4 +2,4 @@
 -- to record the attempt as lost.
 -- $1 bigint  build    $2 integer  attempt
 -- Locks: the row of build_attempts.
-SELECT claims FROM build_attempts WHERE build_id = $1 AND attempt = $2 FOR UPDATE
+SELECT claims FROM farm.build_attempts WHERE build_id = $1 AND attempt = $2 FOR UPDATE

@@ -6,9 +6,9 @@ FROM (VALUES (1)) AS one
 LEFT JOIN (
     SELECT h.build_id, h.builder, h.priority
     FROM unnest($1::text[]) AS n(name)
-    JOIN builders r ON r.name = n.name
+    JOIN farm.builders r ON r.name = n.name
     CROSS JOIN LATERAL (
-        SELECT w.build_id, w.builder, w.priority FROM build_queue w
+        SELECT w.build_id, w.builder, w.priority FROM farm.build_queue w
         WHERE w.builder = r.name AND w.ready
         ORDER BY w.priority DESC, w.build_id
         LIMIT $2::integer + r.max_running

@@ -6,5 +6,5 @@ WITH asking AS MATERIALIZED (
     WHERE w.locktype = 'transactionid' AND NOT w.granted
       AND EXISTS (SELECT FROM pg_locks a WHERE a.pid = w.pid AND a.locktype = 'advisory' AND a.classid = 4294967292 AND a.objsubid = 2)
 )
-SELECT b.id AS build_id, b.attempt FROM asking a JOIN build_queue q ON q.xmax = a.transactionid JOIN builds b ON b.id = q.build_id
+SELECT b.id AS build_id, b.attempt FROM asking a JOIN farm.build_queue q ON q.xmax = a.transactionid JOIN farm.builds b ON b.id = q.build_id
 WHERE b.worker = $1 AND b.state = 'running'

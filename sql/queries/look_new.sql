@@ -11,10 +11,10 @@ SELECT pg_current_snapshot()::text AS snapshot, q.build_id, q.builder, q.priorit
 FROM (VALUES (1)) AS one
 LEFT JOIN (
     SELECT * FROM (
-        SELECT build_id, builder, priority, ready, run_after, needs FROM build_queue
+        SELECT build_id, builder, priority, ready, run_after, needs FROM farm.build_queue
         WHERE queued_xid >= $1::text::xid8
         UNION ALL
-        SELECT build_id, builder, priority, ready, run_after, needs FROM build_queue
+        SELECT build_id, builder, priority, ready, run_after, needs FROM farm.build_queue
         WHERE queued_xid = ANY ($2::text[]::xid8[]) AND queued_xid < $1::text::xid8
     ) w
     WHERE builder = ANY ($3::text[])

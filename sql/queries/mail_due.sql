@@ -3,6 +3,6 @@
 -- $1 where the outbox begins, by next_at; null: not known
 -- Locks: that row of build_mail. One that another daemon is claiming is passed over.
 SELECT m.id, m.address, m.digest, m.next_at
-FROM build_mail m
+FROM farm.build_mail m
 WHERE m.state IN ('waiting', 'sending') AND m.next_at >= coalesce($1::timestamptz, '-infinity') AND m.next_at <= now()
 ORDER BY m.next_at, m.id LIMIT 1 FOR UPDATE SKIP LOCKED

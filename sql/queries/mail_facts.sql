@@ -11,19 +11,19 @@ SELECT a.worker || coalesce(' (' || a.external_worker || ')', '') AS worker, t.s
        g.finished_at AS good_at,
        current_database()::text AS dbname,
        (SELECT right(string_agg(l.content, '' ORDER BY l.seq), 65536)
-        FROM (SELECT p.seq, p.content FROM build_log p WHERE p.build_id = m.build_id AND p.attempt = m.attempt ORDER BY p.seq DESC LIMIT 100) l) AS log
-FROM build_mail m
-JOIN builds b ON b.id = m.build_id
-LEFT JOIN build_attempts a ON a.build_id = m.build_id AND a.attempt = m.attempt
+        FROM (SELECT p.seq, p.content FROM farm.build_log p WHERE p.build_id = m.build_id AND p.attempt = m.attempt ORDER BY p.seq DESC LIMIT 100) l) AS log
+FROM farm.build_mail m
+JOIN farm.builds b ON b.id = m.build_id
+LEFT JOIN farm.build_attempts a ON a.build_id = m.build_id AND a.attempt = m.attempt
 -- As builds has them, like those that a usual time comes from: of a build that another system ran they are that system's.
 CROSS JOIN LATERAL (
     SELECT CASE WHEN b.attempt = m.attempt AND b.finished_at IS NOT NULL THEN b.started_at ELSE a.started_at END AS started_at,
            CASE WHEN b.attempt = m.attempt AND b.finished_at IS NOT NULL THEN b.finished_at ELSE a.finished_at END AS finished_at
 ) t
-LEFT JOIN builds g ON g.id = m.good_build_id AND g.state = 'passed' AND g.id <> m.build_id
+LEFT JOIN farm.builds g ON g.id = m.good_build_id AND g.state = 'passed' AND g.id <> m.build_id
 LEFT JOIN LATERAL (
     SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY extract(epoch FROM f.finished_at - f.started_at))::float8 AS seconds
-    FROM (SELECT p.started_at, p.finished_at FROM builds p
+    FROM (SELECT p.started_at, p.finished_at FROM farm.builds p
           WHERE p.builder = m.builder AND p.state = 'passed' AND p.started_at IS NOT NULL AND p.id <> m.build_id
           ORDER BY p.finished_at DESC LIMIT 30) f
 ) u ON true

@@ -5,17 +5,17 @@
 -- planner reads all of a small index, dead entries included.
 -- Locks: those rows of build_mail, until the COMMIT that follows.
 WITH first AS (
-    SELECT m.id, m.address, m.digest FROM build_mail m WHERE m.id = $1::bigint
+    SELECT m.id, m.address, m.digest FROM farm.build_mail m WHERE m.id = $1::bigint
 ), wanted AS (
     SELECT f.id FROM first f
     UNION
-    SELECT m.id FROM build_mail m WHERE m.digest = (SELECT f.digest FROM first f) AND m.state IN ('waiting', 'sending')
+    SELECT m.id FROM farm.build_mail m WHERE m.digest = (SELECT f.digest FROM first f) AND m.state IN ('waiting', 'sending')
     UNION
-    (SELECT m.id FROM build_mail m
+    (SELECT m.id FROM farm.build_mail m
      WHERE $2::boolean AND lower(m.address) = (SELECT lower(f.address) FROM first f) AND m.id >= $6::bigint AND m.digest IS NULL AND m.state IN ('waiting', 'sending') AND m.next_at <= now()
      ORDER BY m.id LIMIT $3::bigint)
 )
-UPDATE build_mail m
+UPDATE farm.build_mail m
 SET state = 'sending', tries = m.tries + 1, sender = $4::text, next_at = clock_timestamp() + make_interval(secs => $5::float8),
     digest = CASE WHEN $2::boolean THEN $1::bigint ELSE m.digest END
 FROM wanted w WHERE m.id = w.id AND m.next_at IS NOT NULL

@@ -3,7 +3,7 @@
 -- Columns of the users' own are added, unless it would be too long for a payload (8000 bytes).
 SELECT count(pg_notify('build_events', CASE WHEN octet_length(whole.payload) < 8000 THEN whole.payload ELSE event.payload END))
 FROM unnest($1::text[]) AS event(payload)
-LEFT JOIN builds b ON b.id = (event.payload::jsonb ->> 'build_id')::bigint
+LEFT JOIN farm.builds b ON b.id = (event.payload::jsonb ->> 'build_id')::bigint
 CROSS JOIN LATERAL (
     SELECT (coalesce(to_jsonb(b) - '{id,builder,properties,reason,submitted_by,notify,state,attempt,worker,queued_at,started_at,finished_at,exit_code,term_signal,detail,cancel_requested_at,cancel_reason,superseded_by,needs}'::text[], '{}')
             || event.payload::jsonb)::text AS payload

@@ -5,15 +5,15 @@
 -- Locks: those builds (FOR NO KEY UPDATE, none waited for: one that is queued again is left alone) and the rows deleted, until
 -- the end of this statement.
 WITH RECURSIVE logged AS (
-    SELECT (SELECT min(l.build_id) FROM build_log l WHERE l.build_id > $1) AS build_id, 1::bigint AS n
+    SELECT (SELECT min(l.build_id) FROM farm.build_log l WHERE l.build_id > $1) AS build_id, 1::bigint AS n
     UNION ALL
-    SELECT (SELECT min(l.build_id) FROM build_log l WHERE l.build_id > g.build_id), g.n + 1
+    SELECT (SELECT min(l.build_id) FROM farm.build_log l WHERE l.build_id > g.build_id), g.n + 1
     FROM logged g WHERE g.build_id IS NOT NULL AND g.n < $3
 ), old AS MATERIALIZED (
-    SELECT b.id FROM builds b
+    SELECT b.id FROM farm.builds b
     WHERE b.id = ANY (ARRAY(SELECT build_id FROM logged)) AND b.finished_at < clock_timestamp() - make_interval(secs => $2::float8)
     FOR NO KEY UPDATE SKIP LOCKED
 ), deleted AS (
-    DELETE FROM build_log WHERE build_id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1
+    DELETE FROM farm.build_log WHERE build_id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1
 )
 SELECT (SELECT count(*) FROM deleted) AS deleted, (SELECT max(build_id) FROM logged) AS reached

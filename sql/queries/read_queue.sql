@@ -4,6 +4,6 @@
 SELECT build_id, builder, position, extract(epoch FROM waiting)::float8 AS waiting_seconds,
        extract(epoch FROM expected_start - clock_timestamp())::float8 AS expected_seconds,
        waiting_because, count(*) OVER () AS total
-FROM queue_status
+FROM farm.queue_status
 WHERE $1::bigint IS NULL OR build_id = $1
 LIMIT $2

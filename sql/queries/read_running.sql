@@ -5,7 +5,7 @@ SELECT build_id, builder, worker, attempt, extract(epoch FROM elapsed)::float8 A
        extract(epoch FROM usual_time)::float8 AS usual_seconds,
        regexp_replace(last_log_line, '\x1b(\[[0-9;:?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])', '', 'g') AS last_log_line,
        count(*) OVER () AS total
-FROM running_builds
+FROM farm.running_builds
 WHERE $1::bigint IS NULL OR build_id = $1
 ORDER BY started_at, build_id
 LIMIT $2

@@ -1,2 +1,2 @@
 -- Workers that have not stopped in order: active, draining or gone.
-SELECT worker, status, running, slots FROM worker_status WHERE status <> 'stopped' ORDER BY worker
+SELECT worker, status, running, slots FROM farm.worker_status WHERE status <> 'stopped' ORDER BY worker

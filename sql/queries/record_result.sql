@@ -13,7 +13,7 @@ WITH ended AS MATERIALIZED (
 ), tries AS MATERIALIZED (
     SELECT count(*) FILTER (WHERE a.state IN ('error', 'lost')) AS broken,
            count(*) FILTER (WHERE a.state IN ('failed', 'timed_out')) AS failed
-    FROM builds b JOIN build_attempts a ON a.build_id = b.id AND a.attempt <> $2::integer AND a.started_at >= b.queued_at
+    FROM farm.builds b JOIN farm.build_attempts a ON a.build_id = b.id AND a.attempt <> $2::integer AND a.started_at >= b.queued_at
     WHERE b.id = $1::bigint
 ), verdict AS MATERIALIZED (
     SELECT CASE
@@ -23,7 +23,7 @@ WITH ended AS MATERIALIZED (
                WHEN e.state IN ('error', 'lost') THEN CASE WHEN t.broken + 1 < r.max_attempts THEN 'queued' ELSE 'error' END
                WHEN e.state IN ('failed', 'timed_out') AND t.failed < r.retry_failed AND b.cancel_requested_at IS NULL THEN 'queued'
                ELSE e.state
-           END::build_state AS state,
+           END::farm.build_state AS state,
            -- What we broke is tried again after 1, 2, 4, ... seconds, at most 5 minutes; a flaky build at once.
            CASE WHEN e.charged AND e.state IN ('error', 'lost') THEN least(power(2, t.broken), 300) ELSE 0 END AS delay_seconds,
            CASE
@@ -37,31 +37,31 @@ WITH ended AS MATERIALIZED (
                WHEN t.broken + t.failed > 0 THEN concat_ws(': ', format('passed in try %s', t.broken + t.failed + 1), e.detail)
                ELSE e.detail
            END AS detail
-    FROM ended e, tries t, builds b JOIN builders r ON r.name = b.builder
+    FROM ended e, tries t, farm.builds b JOIN farm.builders r ON r.name = b.builder
     WHERE b.id = $1::bigint AND b.state = 'running' AND b.attempt = $2::integer
 ), attempt AS (
-    UPDATE build_attempts a
-    SET state = e.state::attempt_state, finished_at = clock_timestamp(), exit_code = e.exit_code, term_signal = e.term_signal,
+    UPDATE farm.build_attempts a
+    SET state = e.state::farm.attempt_state, finished_at = clock_timestamp(), exit_code = e.exit_code, term_signal = e.term_signal,
         detail = e.detail, user_seconds = e.user_seconds, system_seconds = e.system_seconds, max_rss_bytes = e.max_rss_bytes,
         log_bytes = e.log_bytes
     FROM ended e, verdict v WHERE a.build_id = $1::bigint AND a.attempt = $2::integer
     RETURNING a.finished_at
 ), build AS (
-    UPDATE builds b
+    UPDATE farm.builds b
     SET state = v.state, detail = v.detail, exit_code = e.exit_code, term_signal = e.term_signal,
         -- Another system's clock may be wrong, and has whole seconds: not before the attempt, nor after its result. The attempt keeps its
         -- own start, which tells it from others.
         started_at = CASE WHEN e.started_at IS NULL THEN b.started_at ELSE least(greatest(e.started_at, b.started_at), a.finished_at) END,
-        finished_at = CASE WHEN NOT build_state_is_final(v.state) THEN NULL
+        finished_at = CASE WHEN NOT farm.build_state_is_final(v.state) THEN NULL
                            WHEN e.finished_at IS NULL THEN a.finished_at
                            ELSE least(greatest(e.finished_at, e.started_at, b.started_at), a.finished_at) END
     FROM ended e, verdict v, attempt a WHERE b.id = $1::bigint
 ), again AS (
-    UPDATE build_queue q
+    UPDATE farm.build_queue q
     SET run_after = CASE WHEN v.delay_seconds > 0 THEN clock_timestamp() + make_interval(secs => v.delay_seconds) ELSE q.run_after END
     -- By the parameter: joined, all of a queue that is thought to be small would be read, dead rows behind a long claim included.
-    FROM verdict v WHERE q.build_id = $1::bigint AND NOT build_state_is_final(v.state)
+    FROM verdict v WHERE q.build_id = $1::bigint AND NOT farm.build_state_is_final(v.state)
 ), done AS (
-    DELETE FROM build_queue q USING verdict v WHERE q.build_id = $1::bigint AND build_state_is_final(v.state)
+    DELETE FROM farm.build_queue q USING verdict v WHERE q.build_id = $1::bigint AND farm.build_state_is_final(v.state)
 )
 SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds FROM verdict v

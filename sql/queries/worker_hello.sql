@@ -4,7 +4,7 @@
 -- Comes back: how many other workers are not stopped. Asking for the queue's usage lets PostgreSQL forget a listener that
 -- stopped reading; else a full notification queue would make every INSERT fail at COMMIT.
 WITH hello AS (
-    INSERT INTO workers AS w (name, host, pid, version, slots, labels, builders, state, detail, accepting, folder, unready, run)
+    INSERT INTO farm.workers AS w (name, host, pid, version, slots, labels, builders, state, detail, accepting, folder, unready, run)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $11, $12, $13, $10)
     ON CONFLICT (name) DO UPDATE
     SET host = excluded.host, pid = excluded.pid, version = excluded.version, slots = excluded.slots, labels = excluded.labels,
@@ -18,4 +18,4 @@ WITH hello AS (
     RETURNING w.drain_requested
 )
 SELECT count(*) AS others, pg_notification_queue_usage() AS notification_queue,
-       (SELECT bool_or(drain_requested) FROM hello) AS drain FROM workers WHERE name <> $1 AND state <> 'stopped'
+       (SELECT bool_or(drain_requested) FROM hello) AS drain FROM farm.workers WHERE name <> $1 AND state <> 'stopped'

@@ -1,3 +1,3 @@
 -- Who uses a worker's name.
 -- $1 text  name
-SELECT host, pid, folder FROM workers WHERE name = $1
+SELECT host, pid, folder FROM farm.workers WHERE name = $1

@@ -7,6 +7,7 @@ use deadpool_postgres::Object;
 use tokio_postgres::types::ToSql;
 
 use super::queries::AdvisoryKeys;
+use super::schema::Schema;
 use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, queries};
 use crate::clock::boottime;
 use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
@@ -19,6 +20,7 @@ const RECORD_TRIES: u32 = 20;
 /// the pool by accident.
 pub struct Claim {
     session: Option<Object>,
+    schema: Schema,
 }
 
 /// What came of an attempt to claim.
@@ -47,7 +49,7 @@ impl Database {
     /// # Errors
     /// No connection.
     pub async fn claim(&self) -> Result<Claim> {
-        Ok(Claim { session: Some(self.claim_session().await?) })
+        Ok(Claim { session: Some(self.claim_session().await?), schema: self.schema.clone() })
     }
 }
 
@@ -69,8 +71,8 @@ impl Claim {
     pub async fn take(&mut self, builder: &Builder, occupied: &[i32], candidates: &[BuildId]) -> Result<Tried> {
         const STEP: &str = "claim a build";
         let session = self.session()?;
-        let slot_sql = answered(STEP, session.prepare_cached(queries::CLAIM_SLOT)).await?;
-        let row_sql = answered(STEP, session.prepare_cached(queries::CLAIM_ROW)).await?;
+        let slot_sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::CLAIM_SLOT))).await?;
+        let row_sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::CLAIM_ROW))).await?;
         let ids: Vec<i64> = candidates.iter().map(|id| id.0).collect();
         // Pipelined: sent together, answered in order. The last, by the simple protocol, closes the portal of the one
         // before, whose snapshot would otherwise stay open with the transaction and make every
@@ -122,7 +124,7 @@ impl Claim {
         const STEP: &str = "lock the row of a build again";
         let session = self.session()?;
         answered(STEP, session.batch_execute("BEGIN; SAVEPOINT row")).await?;
-        let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&id.build.0])).await?;
+        let row = answered(STEP, session.query_opt(&*self.schema.sql(queries::CLAIM_AGAIN), &[&id.build.0])).await?;
         // Also closes the portal, as in `take`.
         answered(STEP, session.batch_execute("SELECT 1")).await?;
         if row.is_none() {
@@ -154,8 +156,11 @@ impl Claim {
     /// The connection is gone or the server refused.
     pub async fn is_unchanged(&self, id: AttemptId, seen: i32) -> Result<bool> {
         const STEP: &str = "look whether a build was claimed again";
-        let row =
-            answered(STEP, self.session()?.query_opt(queries::CLAIM_UNCHANGED, &[&id.build.0, &id.attempt])).await?;
+        let row = answered(
+            STEP,
+            self.session()?.query_opt(&*self.schema.sql(queries::CLAIM_UNCHANGED), &[&id.build.0, &id.attempt]),
+        )
+        .await?;
         Ok(row.is_some_and(|row| row.get::<_, i32>(0) == seen))
     }
 
@@ -191,7 +196,7 @@ impl Claim {
             answered(STEP, session.batch_execute("ROLLBACK TO SAVEPOINT row")).await?;
             // The other needs a moment to see that the row is free, and to fail.
             tokio::time::sleep(Duration::from_millis(20)).await;
-            let row = answered(STEP, session.query_opt(queries::CLAIM_AGAIN, &[&build.0])).await?;
+            let row = answered(STEP, session.query_opt(&*self.schema.sql(queries::CLAIM_AGAIN), &[&build.0])).await?;
             answered(STEP, session.batch_execute("SELECT 1")).await?;
             if row.is_some() {
                 return Ok(true);
@@ -283,7 +288,7 @@ impl Claim {
         ];
         // Preparing it, where that was not done before, waits for locks too: behind the savepoint, like the statement.
         let statement = async {
-            let sql = session.prepare_cached(queries::RECORD_RESULT).await?;
+            let sql = session.prepare_cached(&*self.schema.sql(queries::RECORD_RESULT)).await?;
             session.query_opt(&sql, &values).await
         };
         let (saved, row) =

@@ -107,7 +107,7 @@ pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Re
         return Ok(Vec::new());
     }
     let mut elsewhere = Vec::new();
-    let there = schema(client, found).await;
+    let there = schema(client, info, found).await;
     if keep_on("schema", there, found)?.unwrap_or(true) {
         let outcome = privileges(client, asked, found).await;
         keep_on("privileges", outcome, found)?;
@@ -242,7 +242,7 @@ async fn sessions_are_ours(session: &Session, info: &ConnInfo, found: &mut Findi
 }
 
 /// False: there is none.
-async fn schema(client: &Client, found: &mut Findings) -> Result<bool> {
+async fn schema(client: &Client, info: &ConnInfo, found: &mut Findings) -> Result<bool> {
     const SUBJECT: &str = "schema";
     let row = one(client, sql::SCHEMA).await?;
     let Some(schema) = row.get::<_, Option<String>>("schema") else {
@@ -253,7 +253,7 @@ async fn schema(client: &Client, found: &mut Findings) -> Result<bool> {
         return Ok(false);
     };
     // The daemon asks the same; for what it may not read, `privileges` names the GRANT.
-    let state = migrate::state(client).await?;
+    let state = migrate::schema_state(info).await?;
     let known = known_version();
     match &state {
         SchemaState::Current { version } => found.ok(SUBJECT, format!("`{schema}` is at version {version}")),
@@ -305,7 +305,7 @@ fn expected_triggers() -> impl Iterator<Item = (&'static str, &'static str)> {
     let lines = migrate::API.iter().flat_map(|text| text.lines());
     lines.filter_map(|line| {
         let (name, rest) = line.strip_prefix("CREATE OR REPLACE TRIGGER ")?.split_once(' ')?;
-        Some((rest.split_once(" ON ")?.1.split(' ').next()?, name))
+        Some((rest.split_once(" ON farm.")?.1.split(' ').next()?, name))
     })
 }
 

@@ -143,7 +143,9 @@ impl Database {
         let per_hour = i64::from(per_hour);
         loop {
             let transaction = answered(STEP, session.transaction()).await?;
-            let Some(row) = answered(STEP, transaction.query_opt(queries::MAIL_DUE, &[&reach.since])).await? else {
+            let Some(row) =
+                answered(STEP, transaction.query_opt(&*self.schema.sql(queries::MAIL_DUE), &[&reach.since])).await?
+            else {
                 return Ok(None);
             };
             let (id, address): (i64, String) = (row.get("id"), row.get("address"));
@@ -153,21 +155,28 @@ impl Database {
             answered(STEP, transaction.query_one(LOCK, &[&ADDRESS_LOCK, &address])).await?;
             // Its own row is open, whatever is known.
             let first = reach.open.get(&address).map_or(0, |first| id.min(*first));
-            let count =
-                answered(STEP, transaction.query_one(queries::MAIL_COUNT, &[&address, &per_hour, &first])).await?;
+            let count = answered(
+                STEP,
+                transaction.query_one(&*self.schema.sql(queries::MAIL_COUNT), &[&address, &per_hour, &first]),
+            )
+            .await?;
             let first: i64 = count.get("first");
             reach.open.insert(address.clone(), first);
             let room = per_hour - count.get::<_, i64>("used");
             if room <= 0 {
                 let free_at: Timestamp = count.get("free_at");
-                answered(STEP, transaction.execute(queries::MAIL_HOLD, &[&address, &free_at, &first])).await?;
+                answered(
+                    STEP,
+                    transaction.execute(&*self.schema.sql(queries::MAIL_HOLD), &[&address, &free_at, &first]),
+                )
+                .await?;
                 answered(STEP, transaction.commit()).await?;
                 continue;
             }
             let gather = row.get::<_, Option<i64>>("digest").is_none() && room == 1 && count.get::<_, i64>("due") > 1;
             let lease = lease.as_secs_f64();
             let values: [&(dyn ToSql + Sync); 6] = [&id, &gather, &DIGEST, &sender, &lease, &first];
-            let taken = answered(STEP, transaction.query(queries::MAIL_TAKE, &values)).await?;
+            let taken = answered(STEP, transaction.query(&*self.schema.sql(queries::MAIL_TAKE), &values)).await?;
             answered(STEP, transaction.commit()).await?;
             let digest = taken.iter().any(|row| row.get("digest"));
             let mut rows: Vec<Outgoing> = taken.iter().map(outgoing).collect();
@@ -183,7 +192,7 @@ impl Database {
     pub async fn mail_facts(&self, mail: i64) -> Result<Option<Facts>> {
         const STEP: &str = "look up what a mail is to say";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(queries::MAIL_FACTS)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::MAIL_FACTS))).await?;
         let Some(row) = answered(STEP, session.query_opt(&sql, &[&mail])).await? else { return Ok(None) };
         // A clock that was set back makes it negative.
         let seconds = |name: &str| -> Option<Duration> {
@@ -221,7 +230,7 @@ impl Database {
     pub async fn mail_sent(&self, mails: &[i64]) -> Result<()> {
         const STEP: &str = "record that a mail was sent";
         let session = self.work().await?;
-        answered(STEP, session.execute(queries::MAIL_SENT, &[&mails])).await?;
+        answered(STEP, session.execute(&*self.schema.sql(queries::MAIL_SENT), &[&mails])).await?;
         Ok(())
     }
 
@@ -234,7 +243,7 @@ impl Database {
         let session = self.work().await?;
         let seconds = wait.as_secs_f64();
         let values: [&(dyn ToSql + Sync); 4] = [&mails, &sender, &why, &seconds];
-        Ok(answered(STEP, session.query(queries::MAIL_AGAIN, &values))
+        Ok(answered(STEP, session.query(&*self.schema.sql(queries::MAIL_AGAIN), &values))
             .await?
             .iter()
             .any(|row| row.get::<_, &str>("state") == "parked"))
@@ -247,7 +256,7 @@ impl Database {
     pub async fn mail_end(&self, mails: &[i64], sender: &str, state: &str, why: &str) -> Result<()> {
         const STEP: &str = "park a mail";
         let session = self.work().await?;
-        answered(STEP, session.execute(queries::MAIL_END, &[&mails, &sender, &state, &why])).await?;
+        answered(STEP, session.execute(&*self.schema.sql(queries::MAIL_END), &[&mails, &sender, &state, &why])).await?;
         Ok(())
     }
 
@@ -258,7 +267,7 @@ impl Database {
     pub async fn mail_back(&self, sender: &str) -> Result<u64> {
         const STEP: &str = "put mails back";
         let session = self.work().await?;
-        answered(STEP, session.execute(queries::MAIL_BACK, &[&sender])).await
+        answered(STEP, session.execute(&*self.schema.sql(queries::MAIL_BACK), &[&sender])).await
     }
 
     /// Parks what has waited for too long while nothing could be sent; comes back with how many.
@@ -268,7 +277,7 @@ impl Database {
     pub async fn mail_give_up(&self, why: &str) -> Result<u64> {
         const STEP: &str = "park old mails";
         let session = self.work().await?;
-        answered(STEP, session.execute(queries::MAIL_GIVE_UP, &[&why])).await
+        answered(STEP, session.execute(&*self.schema.sql(queries::MAIL_GIVE_UP), &[&why])).await
     }
 
     /// How long until the next mail is due, when none is due now. `None`: longer than `ahead`.
@@ -278,7 +287,7 @@ impl Database {
     pub async fn mail_wait(&self, reach: &mut Reach, ahead: Duration) -> Result<Option<Duration>> {
         const STEP: &str = "look when the next mail is due";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(queries::MAIL_WAIT)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::MAIL_WAIT))).await?;
         let row = answered(STEP, session.query_one(&sql, &[&reach.since, &ahead.as_secs_f64()])).await?;
         reach.since = Some(row.get("since"));
         let seconds: Option<f64> = row.get("seconds");

@@ -14,6 +14,8 @@ pub mod queries;
 pub mod reading;
 pub mod retention;
 pub mod schedules;
+mod schema;
+mod session;
 
 mod tls;
 pub mod watch;
@@ -26,6 +28,7 @@ use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, R
 pub use self::claim::{Claim, Tried};
 pub use self::conninfo::ConnInfo;
 pub use self::error::DatabaseError;
+use self::schema::Schema;
 pub use self::watch::{News, Watch};
 
 /// Result of a step in the database.
@@ -38,20 +41,11 @@ pub const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Work connections on top of one for each slot: the start of an attempt and its log do not wait for each other's turn long.
 pub const WORK_CONNECTIONS: u32 = 4;
 
-/// Settings of sessions that run short statements. The keepalives are the server's side: a dead daemon's session ends, and with
-/// it the lock on the worker's name, after some 11 s. `buildreactor.session` tells the triggers that this is no person.
-/// `enable_seqscan`: with a long claim open the queue is mostly dead rows, its statistics mean little, and a sequential
-/// scan would read them all. `synchronous_commit`: an attempt that was forgotten in a crash of the server would run twice. `jit`: with such estimates short statements would be compiled for longer than they run.
-const WORK_SESSION: &str = "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
-    SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = '30s'; SET lock_timeout = '10s'; \
-    SET idle_in_transaction_session_timeout = '60s'; SET enable_seqscan = off; SET jit = off; SET default_transaction_isolation = 'read committed'; \
-    SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout'); \
-    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
-
 /// The databases' connections of one daemon or command.
 #[derive(Clone)]
 pub struct Database {
     info: ConnInfo,
+    schema: Schema,
     work: Pool,
     claims: Pool,
 }
@@ -72,19 +66,11 @@ impl Database {
     /// # Errors
     /// The connection string's TLS files cannot be used.
     pub fn new(info: ConnInfo, limits: SessionLimits, application_name: &str) -> Result<Database> {
-        let claim_session = format!(
-            "SET buildreactor.session = 'daemon'; SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; \
-             SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000; SET statement_timeout = 0; SET lock_timeout = '5s'; \
-             SET idle_in_transaction_session_timeout = {idle}; SET enable_seqscan = off; SET jit = off; \
-             SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
-             SELECT set_config(name, '0', false) FROM pg_settings WHERE name IN ('transaction_timeout', 'idle_session_timeout'); \
-             SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'",
-            idle = limits.claim_idle.as_millis(),
-        );
-        let work =
-            pool(&info, limits.slots + WORK_CONNECTIONS, WORK_SESSION.to_owned(), &format!("{application_name} work"))?;
-        let claims = pool(&info, limits.slots + 1, claim_session, &format!("{application_name} claim"))?;
-        Ok(Database { info, work, claims })
+        let schema = Schema::default();
+        let pool = |size, settings, kind| pool(&info, &schema, size, settings, &format!("{application_name} {kind}"));
+        let work = pool(limits.slots + WORK_CONNECTIONS, session::work(), "work")?;
+        let claims = pool(limits.slots + 1, session::claim(limits.claim_idle), "claim")?;
+        Ok(Database { info, schema, work, claims })
     }
 
     /// Connections that this many slots need at most: watch, claims, work.
@@ -122,12 +108,13 @@ impl Database {
     }
 }
 
-fn pool(info: &ConnInfo, size: u32, session: String, application_name: &str) -> Result<Pool> {
+fn pool(info: &ConnInfo, schema: &Schema, size: u32, settings: String, application_name: &str) -> Result<Pool> {
     let config = client_config(info, application_name);
     let manager = Manager::from_config(config, info.tls()?, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+    let schema = schema.clone();
     let prepare = Hook::async_fn(move |client: &mut deadpool_postgres::ClientWrapper, _| {
-        let session = session.clone();
-        Box::pin(async move { client.batch_execute(&session).await.map_err(HookError::Backend) })
+        let (schema, settings) = (schema.clone(), settings.clone());
+        Box::pin(async move { session::prepare(client, &schema, &settings).await.map_err(HookError::Backend) })
     });
     Pool::builder(manager)
         .max_size(size as usize)

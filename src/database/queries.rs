@@ -182,7 +182,7 @@ impl Database {
     ) -> Result<Option<Job>> {
         const STEP: &str = "start an attempt";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(BEGIN_ATTEMPT)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(BEGIN_ATTEMPT))).await?;
         let Some(row) = answered(
             STEP,
             session.query_opt(
@@ -228,7 +228,9 @@ impl Database {
     pub async fn count_claim(&self, id: AttemptId, started_us: i64) -> Result<Option<AdvisoryKeys>> {
         const STEP: &str = "count a claim";
         let session = self.work().await?;
-        let row = answered(STEP, session.query_opt(CLAIM_COUNT, &[&id.build.0, &id.attempt, &started_us])).await?;
+        let row =
+            answered(STEP, session.query_opt(&*self.schema.sql(CLAIM_COUNT), &[&id.build.0, &id.attempt, &started_us]))
+                .await?;
         Ok(row.map(|row| AdvisoryKeys { classes: row.get("classes"), keys: row.get("keys") }))
     }
 
@@ -239,7 +241,7 @@ impl Database {
     pub async fn log_pieces(&self, id: AttemptId) -> Result<Vec<LogPiece>> {
         const STEP: &str = "look up what is written of a log";
         let session = self.work().await?;
-        let rows = answered(STEP, session.query(LOG_PIECES, &[&id.build.0, &id.attempt])).await?;
+        let rows = answered(STEP, session.query(&*self.schema.sql(LOG_PIECES), &[&id.build.0, &id.attempt])).await?;
         let bytes = |n: i64| u64::try_from(n).unwrap_or(0);
         Ok(rows
             .iter()
@@ -260,7 +262,11 @@ impl Database {
     pub async fn attempt_state(&self, id: AttemptId, started_us: i64) -> Result<Option<(String, bool)>> {
         const STEP: &str = "look up an attempt";
         let session = self.work().await?;
-        let row = answered(STEP, session.query_opt(ATTEMPT_STATE, &[&id.build.0, &id.attempt, &started_us])).await?;
+        let row = answered(
+            STEP,
+            session.query_opt(&*self.schema.sql(ATTEMPT_STATE), &[&id.build.0, &id.attempt, &started_us]),
+        )
+        .await?;
         Ok(row.map(|row| (row.get("state"), row.get("current"))))
     }
 
@@ -271,8 +277,8 @@ impl Database {
     pub async fn write_log(&self, id: AttemptId, changes: &[LogChange], durable: Durable) -> Result<()> {
         const STEP: &str = "write the log of a build";
         let mut session = self.work().await?;
-        let put = answered(STEP, session.prepare_cached(LOG_INSERT)).await?;
-        let delete = answered(STEP, session.prepare_cached(LOG_DELETE)).await?;
+        let put = answered(STEP, session.prepare_cached(&*self.schema.sql(LOG_INSERT))).await?;
+        let delete = answered(STEP, session.prepare_cached(&*self.schema.sql(LOG_DELETE))).await?;
         let transaction = answered(STEP, session.transaction()).await?;
         match durable {
             Durable::AtOnce => {}
@@ -304,7 +310,7 @@ impl Database {
     pub async fn attempt_seen(&self, id: AttemptId, seen: &Seen) -> Result<()> {
         const STEP: &str = "write the steps of a build";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(ATTEMPT_SEEN)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(ATTEMPT_SEEN))).await?;
         let steps = tokio_postgres::types::Json(&seen.steps);
         let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &seen.url, &seen.worker, &steps];
         answered(STEP, session.execute(&sql, &values)).await?;
@@ -329,7 +335,7 @@ impl Database {
         let row = answered(
             STEP,
             session.query_one(
-                WORKER_HELLO,
+                &*self.schema.sql(WORKER_HELLO),
                 &[
                     &hello.name,
                     &hello.host,
@@ -359,7 +365,7 @@ impl Database {
         const STEP: &str = "settle waiting builds";
         const MOST: i32 = 1000;
         let session = self.work().await?;
-        let rows = answered(STEP, session.query(SETTLE, &[&MOST])).await?;
+        let rows = answered(STEP, session.query(&*self.schema.sql(SETTLE), &[&MOST])).await?;
         Ok(rows.iter().map(|row| row.get::<_, i64>(0)).sum())
     }
 
@@ -371,7 +377,7 @@ impl Database {
     pub async fn notify(&self, events: &[String], wake: bool) -> Result<()> {
         const STEP: &str = "send events";
         let mut session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(NOTIFY)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(NOTIFY))).await?;
         let transaction = answered(STEP, session.transaction()).await?;
         answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
         answered(STEP, transaction.query(&sql, &[&events, &wake])).await?;

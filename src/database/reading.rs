@@ -8,17 +8,13 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row, Statement};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{ConnInfo, DatabaseError, Result, answered, queries};
+use super::schema::Schema;
+use super::{ConnInfo, DatabaseError, Result, answered, queries, session};
 use crate::model::BuildId;
 
 /// How long one look may take. More than [`super::ANSWER_TIME`]: the views go through the whole queue, which takes seconds
 /// when it is a million rows deep. A dead peer is noticed sooner, by `tcp_user_timeout`.
 const LOOK_TIME: Duration = Duration::from_secs(30);
-
-/// A reader is a person's session like psql: it does not set `buildreactor.session`. `jit`: the views look dear to the
-/// planner, and compiling them takes longer than running them.
-const READ_SESSION: &str = "SET default_transaction_read_only = on; SET statement_timeout = '28s'; \
-    SET idle_in_transaction_session_timeout = '60s'; SET jit = off";
 
 /// One connection for reading. After an error it should be given up.
 pub struct Reader {
@@ -188,17 +184,19 @@ impl Reader {
                 tracing::debug!(error = %crate::report::Chain(&error), "the reading connection ended");
             }
         });
-        answered(STEP, client.batch_execute(READ_SESSION)).await?;
+        let schema = Schema::default();
+        answered(STEP, session::prepare(&client, &schema, &session::reading())).await?;
+        let prepare = async |statement| client.prepare(&schema.sql(statement)).await;
         // Pipelined: one round trip for all.
         let prepared = answered(STEP, async {
             tokio::try_join!(
-                client.prepare(queries::READ_BUILD),
-                client.prepare(queries::READ_LOG),
-                client.prepare(queries::READ_QUEUE),
-                client.prepare(queries::READ_RECENT),
-                client.prepare(queries::READ_RUNNING),
-                client.prepare(queries::READ_STEPS),
-                client.prepare(queries::READ_WORKERS),
+                prepare(queries::READ_BUILD),
+                prepare(queries::READ_LOG),
+                prepare(queries::READ_QUEUE),
+                prepare(queries::READ_RECENT),
+                prepare(queries::READ_RUNNING),
+                prepare(queries::READ_STEPS),
+                prepare(queries::READ_WORKERS),
             )
         });
         let (build, log, queue, recent, running, steps, workers) =

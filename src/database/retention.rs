@@ -6,6 +6,7 @@ use deadpool_postgres::Object;
 use jiff::Timestamp;
 use tokio_postgres::types::ToSql;
 
+use super::schema::Schema;
 use super::{Database, DatabaseError, Result, answered, queries};
 
 /// For the length of a round: nobody waits for it long, and what it deletes need not be flushed, because the next round would
@@ -18,6 +19,7 @@ const LOCK: (i32, i32) = (-5, 0);
 /// The right to prune, until it is dropped: its session ends then, and the lock with it.
 pub struct Pruning {
     session: Option<Object>,
+    schema: Schema,
 }
 
 /// A builder and how far its finished builds are kept.
@@ -45,7 +47,7 @@ impl Database {
     /// No connection.
     pub async fn pruning(&self) -> Result<Option<Pruning>> {
         const STEP: &str = "prepare to prune";
-        let pruning = Pruning { session: Some(self.work().await?) };
+        let pruning = Pruning { session: Some(self.work().await?), schema: self.schema.clone() };
         let session = pruning.session()?;
         answered(STEP, session.batch_execute(SESSION)).await?;
         const SQL: &str = "SELECT pg_try_advisory_lock($1, $2)";
@@ -69,7 +71,7 @@ impl Pruning {
     pub async fn next(&self, builder: &str, age: Option<Duration>, count: Option<u32>) -> Result<Option<Kept>> {
         const STEP: &str = "look which builds are old";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(queries::PRUNE_NEXT)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::PRUNE_NEXT))).await?;
         let age = age.map(|age| age.as_secs_f64());
         let row = answered(STEP, session.query_opt(&sql, &[&builder, &age, &count.map(i64::from)])).await?;
         Ok(row.map(|row| Kept {
@@ -91,7 +93,7 @@ impl Pruning {
     ) -> Result<Batch<Timestamp>> {
         const STEP: &str = "delete old builds";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(queries::PRUNE_BUILDS)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::PRUNE_BUILDS))).await?;
         let parameters: [&(dyn ToSql + Sync); 5] = [&builder, &since.0, &since.1, &reached, &most];
         let row = answered(STEP, session.query_one(&sql, &parameters)).await?;
         Ok(Batch { deleted: row.get("deleted"), reached: row.get("reached") })
@@ -104,7 +106,7 @@ impl Pruning {
     pub async fn logs(&self, age: Duration, reached: i64, most: i64) -> Result<Batch<i64>> {
         const STEP: &str = "delete old logs";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(queries::PRUNE_LOGS)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::PRUNE_LOGS))).await?;
         let row = answered(STEP, session.query_one(&sql, &[&reached, &age.as_secs_f64(), &most])).await?;
         Ok(Batch { deleted: row.get("deleted"), reached: row.get("reached") })
     }

@@ -30,7 +30,7 @@ impl Database {
     pub async fn schedules_due(&self, aside: &[String], limit: i64) -> Result<Vec<Schedule>> {
         const STEP: &str = "look at the schedules";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(queries::SCHEDULE_DUE)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::SCHEDULE_DUE))).await?;
         let rows = answered(STEP, session.query(&sql, &[&aside, &limit])).await?;
         Ok(rows
             .iter()
@@ -52,7 +52,7 @@ impl Database {
     pub async fn schedule_wait(&self, aside: &[String]) -> Result<Option<Duration>> {
         const STEP: &str = "look when the next schedule is due";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(queries::SCHEDULE_WAIT)).await?;
+        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::SCHEDULE_WAIT))).await?;
         let row = answered(STEP, session.query_one(&sql, &[&aside])).await?;
         let seconds: Option<f64> = row.get("seconds");
         Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)))
@@ -66,7 +66,9 @@ impl Database {
         const STEP: &str = "plan a schedule";
         let session = self.work().await?;
         let Schedule { name, cron, time_zone, .. } = schedule;
-        let changed = answered(STEP, session.execute(queries::SCHEDULE_PLAN, &[name, cron, time_zone, &next])).await?;
+        let changed =
+            answered(STEP, session.execute(&*self.schema.sql(queries::SCHEDULE_PLAN), &[name, cron, time_zone, &next]))
+                .await?;
         Ok(changed == 1)
     }
 
@@ -80,14 +82,17 @@ impl Database {
         let mut session = self.work().await?;
         let Schedule { name, cron, time_zone, .. } = schedule;
         let transaction = answered(STEP, session.transaction()).await?;
-        const LOCK: &str = queries::SCHEDULE_LOCK;
-        let locked = answered(STEP, transaction.query_opt(LOCK, &[name, cron, time_zone, &due, &next])).await?;
+        let locked = answered(
+            STEP,
+            transaction.query_opt(&*self.schema.sql(queries::SCHEDULE_LOCK), &[name, cron, time_zone, &due, &next]),
+        )
+        .await?;
         if locked.is_none() {
             return Ok(None);
         }
-        let row = answered(STEP, transaction.query_one(queries::SCHEDULE_ENQUEUE, &[name])).await?;
+        let row = answered(STEP, transaction.query_one(&*self.schema.sql(queries::SCHEDULE_ENQUEUE), &[name])).await?;
         let build: i64 = row.get("build_id");
-        answered(STEP, transaction.execute(queries::SCHEDULE_DONE, &[name, &next, &build])).await?;
+        answered(STEP, transaction.execute(&*self.schema.sql(queries::SCHEDULE_DONE), &[name, &next, &build])).await?;
         answered(STEP, transaction.commit()).await?;
         Ok(Some(BuildId(build)))
     }
@@ -100,7 +105,11 @@ impl Database {
         const STEP: &str = "disable a schedule";
         let session = self.work().await?;
         let Schedule { name, cron, time_zone, .. } = schedule;
-        let changed = answered(STEP, session.execute(queries::SCHEDULE_REFUSE, &[name, cron, time_zone, &why])).await?;
+        let changed = answered(
+            STEP,
+            session.execute(&*self.schema.sql(queries::SCHEDULE_REFUSE), &[name, cron, time_zone, &why]),
+        )
+        .await?;
         Ok(changed == 1)
     }
 }

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::queries::Hello;
-use super::{ConnInfo, Database, DatabaseError, Result, answered, queries};
+use super::schema::Schema;
+use super::{ConnInfo, Database, DatabaseError, Result, answered, queries, session};
 use crate::model::{AttemptId, BuildId, Builder, Candidate, Job, Locks, Unlocked};
 
 /// Class of the advisory locks on workers' names (as `classid` 4294967294 in `pg_locks`). Builders' slots use positive
@@ -114,12 +115,12 @@ impl Database {
     /// # Errors
     /// No connection, or [`DatabaseError::NameInUse`].
     pub async fn watch(&self, hello: &Hello, news: Arc<News>) -> Result<Watch> {
-        Watch::connect(self.info(), hello, news).await
+        Watch::connect(self.info(), &self.schema, hello, news).await
     }
 }
 
 impl Watch {
-    async fn connect(info: &ConnInfo, hello: &Hello, news: Arc<News>) -> Result<Watch> {
+    async fn connect(info: &ConnInfo, schema: &Schema, hello: &Hello, news: Arc<News>) -> Result<Watch> {
         let worker = hello.name.as_str();
         const STEP: &str = "listen for wakes";
         let (client, mut connection) = super::connect(info, &format!("buildreactor {worker} watch")).await?;
@@ -145,18 +146,18 @@ impl Watch {
             at_end.cancel();
             news.ring();
         });
-        answered(STEP, client.batch_execute(super::WORK_SESSION)).await?;
+        answered(STEP, session::prepare(&client, schema, &session::work())).await?;
         let prepared = answered(STEP, async {
             Ok(Prepared {
-                builders: client.prepare(queries::LOOK_BUILDERS).await?,
-                all: client.prepare(queries::LOOK_ALL).await?,
-                new: client.prepare(queries::LOOK_NEW).await?,
-                unlocked: client.prepare(queries::LOOK_UNLOCKED).await?,
-                mine: client.prepare(queries::LOOK_MINE).await?,
-                cancels: client.prepare(queries::LOOK_CANCELS).await?,
-                askers: client.prepare(queries::LOOK_ASKERS).await?,
-                promote: client.prepare(queries::PROMOTE_DUE).await?,
-                next_due: client.prepare(queries::NEXT_DUE).await?,
+                builders: client.prepare(&*schema.sql(queries::LOOK_BUILDERS)).await?,
+                all: client.prepare(&*schema.sql(queries::LOOK_ALL)).await?,
+                new: client.prepare(&*schema.sql(queries::LOOK_NEW)).await?,
+                unlocked: client.prepare(&*schema.sql(queries::LOOK_UNLOCKED)).await?,
+                mine: client.prepare(&*schema.sql(queries::LOOK_MINE)).await?,
+                cancels: client.prepare(&*schema.sql(queries::LOOK_CANCELS)).await?,
+                askers: client.prepare(&*schema.sql(queries::LOOK_ASKERS)).await?,
+                promote: client.prepare(&*schema.sql(queries::PROMOTE_DUE)).await?,
+                next_due: client.prepare(&*schema.sql(queries::NEXT_DUE)).await?,
             })
         })
         .await?;
@@ -164,7 +165,8 @@ impl Watch {
         const NAME: &str = "SELECT pg_try_advisory_lock($1, hashtext($2))";
         let name = answered(STEP, watch.client.query_one(NAME, &[&NAME_LOCK_CLASS, &worker])).await?;
         if !name.get::<_, bool>(0) {
-            let holder = answered(STEP, watch.client.query_opt(queries::WORKER_HOLDER, &[&worker])).await?;
+            let holder =
+                answered(STEP, watch.client.query_opt(&*schema.sql(queries::WORKER_HOLDER), &[&worker])).await?;
             let stale = holder.as_ref().is_some_and(|row| row.get::<_, Option<&str>>("folder") == Some(&hello.folder));
             let by = holder.map_or(String::new(), |row| {
                 format!(" by process {} on {}", row.get::<_, i32>("pid"), row.get::<_, String>("host"))
