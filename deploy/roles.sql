@@ -38,17 +38,18 @@ GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_steps, bui
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
               retry_failed, keep_workspace, paused, paused_reason, branch_property) ON builders TO :"viewer";
 
--- build_submitter is a viewer who may ask for builds, and nothing else: a trigger writes the rest of the row in builds.
+-- build_submitter is a viewer who may ask for builds and steer his own, and nothing else: a trigger writes the rest of the row in builds.
+-- The functions refuse builds that another role submitted.
 GRANT :"viewer" TO :"submitter";
 GRANT INSERT ON build_queue TO :"submitter";
 -- Describe first, queue later. Only these columns: a state or a result cannot be made up.
 GRANT INSERT (builder, properties, reason, notify) ON builds TO :"submitter";
+GRANT EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer) TO :"submitter";
 
--- build_operator is a submitter who may also cancel, retry, prioritize, pause, resume and drain, by the functions alone, and change
--- schedules and who gets mail. Not what a builder runs, nor results, nor the history.
+-- build_operator is a submitter who may also pause, resume and drain, by the functions alone, and change schedules and who gets mail. Who may
+-- call pause_builder may cancel, retry and prioritize everybody's builds. Not what a builder runs, nor results, nor the history.
 GRANT :"submitter" TO :"operator";
-GRANT EXECUTE ON FUNCTION cancel_build(bigint, text), retry_build(bigint), prioritize_build(bigint, integer), pause_builder(text, text),
-    resume_builder(text), drain_worker(text), retry_mail(bigint), discard_mail(bigint) TO :"operator";
+GRANT EXECUTE ON FUNCTION pause_builder(text, text), resume_builder(text), drain_worker(text), retry_mail(bigint), discard_mail(bigint) TO :"operator";
 GRANT INSERT, UPDATE, DELETE ON build_schedules, build_subscriptions TO :"operator";
 
 -- build_worker is for daemons: they claim (which needs UPDATE on the queue), record, write logs and report in.
@@ -59,7 +60,8 @@ GRANT UPDATE ON build_schedules, build_mail TO :"worker";
 GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, build_steps, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
-GRANT EXECUTE ON FUNCTION build_needs_settle(bigint), build_queue_supersede(text, text, bigint), build_cancel_settle(bigint) TO :"worker";
+GRANT EXECUTE ON FUNCTION build_needs_settle(bigint), build_needs_follow(bigint[], double precision), build_queue_supersede(text, text, bigint),
+    build_cancel_settle(bigint) TO :"worker";
 -- Not the history: a worker that was broken into cannot delete it. One whose [retention] has builds or builds_per_builder needs:
 --     GRANT DELETE ON builds TO build_worker;
 

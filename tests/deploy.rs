@@ -232,23 +232,6 @@ async fn under_supervisord_the_worker_starts_restarts_survives_a_kill_drains_and
     active_again(&db, third).await;
 }
 
-/// The database as another role sees it.
-fn url_as(db: &Db, role: &str) -> String {
-    let url = db.url();
-    assert!(url.contains("user=postgres"), "{url}");
-    url.replace("user=postgres", &format!("user={role}"))
-}
-
-/// What psql answers a role; its complaint where there is one.
-fn ask_as(db: &Db, role: &str, sql: &str) -> String {
-    let output = Command::new(psql_program())
-        .args(["--no-psqlrc", "-qAt", "-d", &url_as(db, role), "-c", sql])
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    text(if output.status.success() { &output.stdout } else { &output.stderr }).trim().to_owned()
-}
-
 #[tokio::test]
 async fn roles_allow_what_they_are_for_and_no_more() {
     let db = Db::new().await;
@@ -271,17 +254,17 @@ async fn roles_allow_what_they_are_for_and_no_more() {
     db.builder("flaky", "test $BUILD_ATTEMPT -gt 1 || exit 75").await;
 
     let insert = "INSERT INTO build_queue (builder, properties, reason) VALUES ('linux', '{\"revision\": \"1a\"}', 'asked') RETURNING build_id";
-    assert_eq!(ask_as(&db, "deploy_alice", insert), "1");
-    assert_eq!(ask_as(&db, "deploy_alice", "INSERT INTO builds (builder) VALUES ('flaky') RETURNING id"), "2");
-    assert_eq!(ask_as(&db, "deploy_alice", "INSERT INTO build_queue (build_id) VALUES (2) RETURNING build_id"), "2");
+    assert_eq!(db.ask_as("deploy_alice", insert), "1");
+    assert_eq!(db.ask_as("deploy_alice", "INSERT INTO builds (builder) VALUES ('flaky') RETURNING id"), "2");
+    assert_eq!(db.ask_as("deploy_alice", "INSERT INTO build_queue (build_id) VALUES (2) RETURNING build_id"), "2");
     assert_eq!(db.one::<String>("SELECT string_agg(DISTINCT submitted_by, ',') FROM builds").await, "deploy_alice");
     for role in ["deploy_alice", "deploy_board"] {
         assert_eq!(
-            ask_as(&db, role, "SELECT build_id, waiting_because FROM queue_status WHERE build_id = 1"),
+            db.ask_as(role, "SELECT build_id, waiting_because FROM queue_status WHERE build_id = 1"),
             "1|no worker is running: start one with buildreactor run"
         );
         for view in ["running_builds", "recent_builds", "builder_status", "worker_status", "build_stats", "build_log"] {
-            assert!(!ask_as(&db, role, &format!("SELECT * FROM {view}")).contains("ERROR"), "{role} and {view}");
+            assert!(!db.ask_as(role, &format!("SELECT * FROM {view}")).contains("ERROR"), "{role} and {view}");
         }
         for refused in [
             "UPDATE builds SET state = 'passed'",
@@ -291,17 +274,18 @@ async fn roles_allow_what_they_are_for_and_no_more() {
             "INSERT INTO builders (name, script) VALUES ('mine', 'true')",
             "SELECT env FROM builders",
             "SELECT script FROM builders",
-            "SELECT cancel_build(1)",
             "SELECT pause_builder('linux')",
             "SELECT build_queue_supersede('linux', 'key', 1)",
             "SELECT build_needs_settle(1)",
+            "SELECT build_needs_follow('{1}', 1)",
+            "SELECT build_cancel(1, '', '')",
             "SELECT build_cancel_settle(1)",
         ] {
-            let answer = ask_as(&db, role, refused);
+            let answer = db.ask_as(role, refused);
             assert!(answer.contains("permission denied"), "{role}: {refused}: {answer}");
         }
     }
-    let answer = ask_as(&db, "deploy_board", insert);
+    let answer = db.ask_as("deploy_board", insert);
     assert!(answer.contains("permission denied for table build_queue"), "{answer}");
 
     for (asked, answer) in [
@@ -319,7 +303,7 @@ async fn roles_allow_what_they_are_for_and_no_more() {
         ),
         ("DELETE FROM build_schedules RETURNING name", "nightly"),
     ] {
-        assert_eq!(ask_as(&db, "deploy_ann", asked), answer, "{asked}");
+        assert_eq!(db.ask_as("deploy_ann", asked), answer, "{asked}");
     }
     for refused in [
         "UPDATE builds SET state = 'passed'",
@@ -328,21 +312,21 @@ async fn roles_allow_what_they_are_for_and_no_more() {
         "SELECT env FROM builders",
         "SELECT prune_builds('0')",
     ] {
-        let answer = ask_as(&db, "deploy_ann", refused);
+        let answer = db.ask_as("deploy_ann", refused);
         assert!(answer.contains("permission denied"), "{refused}: {answer}");
     }
 
-    let url = url_as(&db, "deploy_daemon");
+    let url = db.url_as("deploy_daemon");
     let mut daemon = Daemon::start_at(&url, "restricted", &[]).await;
     assert_eq!(db.finished(1).await, "passed");
     assert_eq!(db.finished(2).await, "passed");
     assert_eq!(db.one::<i32>("SELECT attempt FROM builds WHERE id = 2").await, 2);
-    assert_eq!(ask_as(&db, "deploy_board", "SELECT build_log_text(1)"), "built");
+    assert_eq!(db.ask_as("deploy_board", "SELECT build_log_text(1)"), "built");
     assert_eq!(daemon.stop().await, Some(0));
     for refused in
         ["UPDATE builders SET script = 'rm -rf /'", "DELETE FROM builds", "UPDATE build_locks SET capacity = 9"]
     {
-        let answer = ask_as(&db, "deploy_daemon", refused);
+        let answer = db.ask_as("deploy_daemon", refused);
         assert!(answer.contains("permission denied"), "{refused}: {answer}");
     }
     let state = temp_dir();

@@ -318,7 +318,7 @@ async fn migrating_twice_changes_nothing_and_twenty_at_once_is_one() {
     };
     let before = dump();
     let output = buildreactor(&["migrate", "--database", &url], &[]);
-    assert!(text(&output.stdout).contains("is up to date (version 8)"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("is up to date (version 9)"), "{}", text(&output.stdout));
     // pg_dump writes a random token into its \restrict line.
     let plain =
         |dump: &str| dump.lines().filter(|line| !line.contains("restrict")).map(str::to_owned).collect::<Vec<_>>();
@@ -336,7 +336,7 @@ async fn a_schema_of_a_newer_program_is_refused_with_a_sentence() {
     let output = buildreactor(&["migrate", "--database", &db.url()], &[]);
     assert_eq!(output.status.code(), Some(78));
     assert!(
-        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 8"),
+        text(&output.stderr).contains("the schema is at version 99, and this program knows versions up to 9"),
         "{}",
         text(&output.stderr)
     );
@@ -372,6 +372,9 @@ const BEFORE_V6: &str =
     DROP INDEX builds_passed, builds_failed; ALTER TABLE builders DROP COLUMN branch_property;
     ALTER TABLE builds DROP CONSTRAINT notify_lists_at_most_100_addresses_such_as_ann_at_example_org,
         ADD CONSTRAINT notify_is_not_supported_by_this_version CHECK (notify = '{}');
+    ALTER TABLE builds DROP COLUMN queued_by, DROP CONSTRAINT needs_are_at_most_100000, DROP CONSTRAINT reason_cancel_reason_and_detail_are_at_most_64_kib_each;
+    ALTER TABLE builders DROP CONSTRAINT description_paused_reason_and_settings_are_at_most_64_kib_each,
+        DROP CONSTRAINT labels_and_locks_are_at_most_100_names_and_20000_bytes_each;
     DROP FUNCTION mail_addresses_are_valid; DROP FUNCTION build_schema_api;
     DELETE FROM build_schema_history WHERE version >= 6";
 
@@ -402,7 +405,7 @@ async fn a_migration_waits_for_no_build_and_keeps_nobody_from_inserting() {
     let migrating = migrate(db.url());
     let (times, longest) = inserts(&db, || migrating.is_finished()).await;
     let output = migrating.await.unwrap();
-    assert!(output.status.success() && text(&output.stdout).contains("applied V8__doubt"), "{output:?}");
+    assert!(output.status.success() && text(&output.stdout).contains("applied V9__rights"), "{output:?}");
     println!("{times} inserts meanwhile, the longest {longest:?}");
     assert!(longest < std::time::Duration::from_secs(15), "{longest:?}");
 

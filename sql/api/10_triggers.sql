@@ -1,10 +1,13 @@
 -- What an INSERT, UPDATE or DELETE by a person means. Re-created at each migrate that changes it.
 --
+-- `farm` stands for the schema of these objects; migrate writes its real name. search_path = pg_catalog, pg_temp: these functions find no
+-- operator or function that somebody has put into a schema.
 -- SECURITY DEFINER: a role that may only INSERT INTO build_queue needs no rights on builds.
--- SET search_path = pg_catalog, pg_temp: migrate sets it to the schema of these tables, then pg_temp.
 -- #variable_conflict use_variable, and columns with their table: people may add columns of any name to builds.
--- The daemon's sessions set buildreactor.session = 'daemon': what it writes is not a wake, because a notifying
--- COMMIT takes a lock on the whole cluster until it is flushed, and results must not queue up behind each other.
+-- The daemon's sessions set buildreactor.session = 'daemon': what the daemon writes is not a wake, because a notifying COMMIT takes a lock
+-- on the whole cluster until it is flushed, and results must not queue up behind each other. What a person's own trigger does inside such
+-- a session is a person's statement all the same: pg_trigger_depth() tells.
+-- No statement of a submitter may keep a lock, until his transaction ends, that somebody else's build, result or cancel waits for.
 
 CREATE OR REPLACE FUNCTION farm.build_queue_insert() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -15,7 +18,8 @@ DECLARE
     fresh boolean := true;
 BEGIN
     NEW.queued_xid := pg_current_xact_id();
-    wanted := farm.build_needs_known(NEW.needs);
+    wanted := CASE WHEN NEW.needs IS NULL OR NEW.needs = '{}' THEN '{}' ELSE farm.build_needs_known(NEW.needs) END;
+    PERFORM farm.build_coalesce_key_fits(NEW.coalesce_key);
 
     IF NEW.build_id IS NULL THEN
         IF NEW.builder IS NULL THEN
@@ -34,9 +38,12 @@ BEGIN
             RAISE EXCEPTION 'properties must be a JSON object, not %', jsonb_typeof(NEW.properties) USING
                 ERRCODE = 'check_violation', HINT = 'For example ''{"revision": "1a2b3c"}''.';
         END IF;
-        INSERT INTO farm.builds (builder, properties, reason, notify, needs, state, queued_at)
-        VALUES (NEW.builder, coalesce(NEW.properties, '{}'), NEW.reason, coalesce(NEW.notify, '{}'), wanted, 'queued', clock_timestamp())
+        -- The mark that builds_insert asks for.
+        PERFORM set_config('buildreactor.queueing', 'yes', true);
+        INSERT INTO farm.builds (builder, properties, reason, notify, needs, state, queued_at, queued_by)
+        VALUES (NEW.builder, coalesce(NEW.properties, '{}'), NEW.reason, coalesce(NEW.notify, '{}'), wanted, 'queued', clock_timestamp(), session_user)
         RETURNING id INTO NEW.build_id;
+        PERFORM set_config('buildreactor.queueing', '', true);
         NEW.properties := NULL;
         NEW.reason := NULL;
         NEW.notify := NULL;
@@ -45,17 +52,28 @@ BEGIN
         SELECT b.builder, b.needs INTO NEW.builder, wanted FROM farm.builds b WHERE b.id = NEW.build_id;
     END IF;
 
-    NEW.needs := farm.build_needs_open(wanted);
+    NEW.needs := CASE WHEN wanted = '{}' THEN '{}' ELSE farm.build_needs_open(wanted) END;
     NEW.ready := NEW.needs = '{}' AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
-    -- Not for a row that the primary key will refuse.
+    -- Not for a row that the primary key will refuse. His own builds alone, which nobody else's statement waits for: those of others are
+    -- superseded by the next worker that looks.
     IF fresh AND NEW.coalesce_key IS NOT NULL THEN
-        -- One INSERT of a key at a time, or two would not see each other's row. Class -3, until the end of the transaction.
-        PERFORM pg_advisory_xact_lock(-3, hashtext(NEW.builder || ' ' || NEW.coalesce_key));
-        PERFORM farm.build_queue_supersede(NEW.builder, NEW.coalesce_key, NEW.build_id);
+        NEW.priority := farm.build_queue_coalesce(NEW.builder, NEW.coalesce_key, NEW.build_id, NEW.priority, NEW.run_after, NEW.needs, session_user);
     END IF;
     RETURN NEW;
 END $$;
 COMMENT ON FUNCTION farm.build_queue_insert() IS 'Trigger: a row without build_id gets its row in builds; one with build_id queues that build (again).';
+
+CREATE OR REPLACE FUNCTION farm.build_coalesce_key_fits(coalesce_key text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    -- No CHECK: ALTER TABLE build_queue would wait for all that runs. A longer one does not fit into an index.
+    IF octet_length(coalesce_key) > 1000 THEN
+        RAISE EXCEPTION 'coalesce_key has % bytes; at most 1000', octet_length(coalesce_key) USING
+            ERRCODE = 'check_violation', HINT = 'For example the branch, or md5(...) of something longer.';
+    END IF;
+END $$;
+COMMENT ON FUNCTION farm.build_coalesce_key_fits(text) IS 'Refuses a coalesce_key of more than 1000 bytes.';
 
 CREATE OR REPLACE FUNCTION farm.build_queue_again(id bigint, builder text, has_more boolean, wanted bigint[]) RETURNS boolean
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -63,7 +81,8 @@ CREATE OR REPLACE FUNCTION farm.build_queue_again(id bigint, builder text, has_m
 DECLARE
     build farm.builds;
 BEGIN
-    SELECT * INTO build FROM farm.builds b WHERE b.id = $1 FOR NO KEY UPDATE;
+    -- Without a lock: the row of a build that waits or runs must stay free for its start, its result, a cancel.
+    SELECT * INTO build FROM farm.builds b WHERE b.id = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is no build %', $1 USING
             ERRCODE = 'foreign_key_violation',
@@ -77,170 +96,111 @@ BEGIN
         RAISE EXCEPTION 'build % has its properties, reason and notify in builds already', build.id USING
             ERRCODE = 'check_violation', HINT = 'UPDATE builds SET ... WHERE id = ' || build.id || '; then queue it without them.';
     END IF;
+    -- Whatever this statement waits for from here on belongs to somebody else's open transaction. build_queue_asked puts it back.
+    PERFORM farm.build_wait_briefly('1s');
     -- Queued or running already: the primary key refuses the row, so that ON CONFLICT DO NOTHING works too.
-    IF build.state NOT IN ('queued', 'running') THEN
-        IF wanted = '{}' THEN
-            -- Nobody has looked at those that it was described with. Of one that ran before some may have been pruned.
-            wanted := CASE WHEN build.state = 'described' THEN farm.build_needs_known(build.needs) ELSE build.needs END;
-        END IF;
-        IF wanted <> '{}' THEN
-            PERFORM farm.build_needs_acyclic(build.id, wanted);
-        END IF;
-        UPDATE farm.builds b
-        SET state = 'queued', queued_at = clock_timestamp(), finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL,
-            cancel_requested_at = NULL, cancel_reason = NULL, superseded_by = NULL,
-            needs = wanted
-        WHERE b.id = build.id;
-        RETURN true;
+    IF build.state IN ('queued', 'running') THEN
+        RETURN false;
     END IF;
-    RETURN false;
+    IF NOT farm.build_is_for(build.submitted_by) THEN
+        RAISE EXCEPTION 'build % was submitted by %: % may not queue it', build.id, build.submitted_by, session_user USING
+            ERRCODE = 'insufficient_privilege',
+            HINT = 'Leave build_id out for a build of your own, or ask somebody who may: who submitted it, or an operator.';
+    END IF;
+    BEGIN
+        SELECT * INTO build FROM farm.builds b WHERE b.id = $1 FOR NO KEY UPDATE;
+    EXCEPTION WHEN lock_not_available THEN
+        RAISE EXCEPTION 'build % is held by %', $1, farm.build_holder($1) USING
+            ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended; SELECT pg_terminate_backend(PID); ends it.';
+    END;
+    IF build.id IS NULL OR build.state IN ('queued', 'running') THEN
+        RETURN false;
+    END IF;
+    IF wanted = '{}' THEN
+        -- Nobody has looked at those that it was described with. Of one that ran before some may have been pruned.
+        wanted := CASE WHEN build.state = 'described' THEN farm.build_needs_known(build.needs) ELSE build.needs END;
+    END IF;
+    IF wanted <> '{}' THEN
+        PERFORM farm.build_needs_acyclic(build.id, wanted);
+    END IF;
+    UPDATE farm.builds b
+    SET state = 'queued', queued_at = clock_timestamp(), queued_by = session_user, finished_at = NULL, exit_code = NULL, term_signal = NULL,
+        detail = NULL, cancel_requested_at = NULL, cancel_reason = NULL, superseded_by = NULL,
+        needs = wanted
+    WHERE b.id = build.id;
+    RETURN true;
 END $$;
-COMMENT ON FUNCTION farm.build_queue_again(bigint, text, boolean, bigint[]) IS 'Checks that an existing build can be queued, and marks it so; false when it is queued or running already.';
+COMMENT ON FUNCTION farm.build_queue_again(bigint, text, boolean, bigint[]) IS 'Checks that an existing build can be queued, and by this person, and marks it so; false when it is queued or running already.';
 
-CREATE OR REPLACE FUNCTION farm.build_needs_known(needs bigint[]) RETURNS bigint[]
-    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
-DECLARE
-    missing bigint;
-BEGIN
-    IF needs IS NULL OR needs = '{}' THEN
-        RETURN '{}';
-    END IF;
-    SELECT n INTO missing FROM unnest(needs) AS n WHERE NOT EXISTS (SELECT FROM farm.builds b WHERE b.id = n) LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION 'needs: there is no build %', coalesce(missing::text, 'null') USING
-            ERRCODE = 'foreign_key_violation', HINT = 'needs lists ids of builds that exist, for example ARRAY[41, 42].';
-    END IF;
-    RETURN ARRAY(SELECT DISTINCT n FROM unnest(needs) AS n ORDER BY n);
-END $$;
-COMMENT ON FUNCTION farm.build_needs_known(bigint[]) IS 'The needs, each once, in order; refuses builds that do not exist.';
+CREATE OR REPLACE FUNCTION farm.build_is_for(submitted_by text) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    -- SET ROLE takes rights away; session_user keeps his own builds.
+    SELECT $1 = session_user OR EXISTS (
+        SELECT FROM pg_proc p JOIN pg_type t ON t.typnamespace = p.pronamespace
+        WHERE t.oid = pg_typeof(NULL::farm.builds) AND p.proname = 'pause_builder' AND oidvectortypes(p.proargtypes) = 'text, text'
+          AND has_function_privilege(CASE current_setting('role') WHEN 'none' THEN session_user ELSE current_setting('role') END, p.oid, 'EXECUTE'))
+$$;
+COMMENT ON FUNCTION farm.build_is_for(text) IS 'Whether the person of this session may steer a build that this role submitted: that role itself may, and whoever may call pause_builder, which makes an operator.';
 
-CREATE OR REPLACE FUNCTION farm.build_needs_acyclic(id bigint, wanted bigint[]) RETURNS void
-    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
-DECLARE
-    around text;
-BEGIN
-    WITH RECURSIVE path AS (
-        SELECT n AS at, ARRAY[id, n] AS way FROM unnest(wanted) AS n
-        UNION ALL
-        SELECT m, p.way || m FROM path p JOIN farm.builds b ON b.id = p.at CROSS JOIN unnest(b.needs) AS m
-        WHERE p.at <> id AND NOT m = ANY (p.way[2:])
-    )
-    SELECT array_to_string(p.way, ' needs ') INTO around FROM path p WHERE p.at = id LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION 'needs go round in a circle: %', around USING ERRCODE = 'check_violation';
-    END IF;
-END $$;
-COMMENT ON FUNCTION farm.build_needs_acyclic(bigint, bigint[]) IS 'Refuses needs that lead back to the build itself.';
-
-CREATE OR REPLACE FUNCTION farm.build_needs_open(needs bigint[]) RETURNS bigint[]
+CREATE OR REPLACE FUNCTION farm.build_holder(id bigint) RETURNS text
     LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    IF needs = '{}' THEN
-        RETURN '{}';
-    END IF;
-    -- A superseded build is stood for by the one that took its place.
-    RETURN ARRAY(
-        WITH RECURSIVE stands AS (
-            SELECT b.id, b.state, b.superseded_by FROM farm.builds b WHERE b.id = ANY ($1)
-            UNION
-            SELECT b.id, b.state, b.superseded_by FROM stands s JOIN farm.builds b ON b.id = s.superseded_by
-        )
-        SELECT s.id FROM stands s WHERE s.state NOT IN ('passed', 'superseded') ORDER BY s.id);
+    RETURN coalesce(
+        (SELECT 'an open transaction of ' || farm.build_session(l.pid) FROM farm.builds b JOIN pg_locks l ON l.transactionid = b.xmax
+         WHERE b.id = $1 AND l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted LIMIT 1),
+        'an open transaction');
 END $$;
-COMMENT ON FUNCTION farm.build_needs_open(bigint[]) IS 'Those of the needs that have not passed.';
+COMMENT ON FUNCTION farm.build_holder(bigint) IS 'Whose open transaction holds the row of a build in builds, in words.';
 
-CREATE OR REPLACE FUNCTION farm.build_needs_settle(waiting bigint) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION farm.build_session(pid integer) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce((SELECT format('%s (%s)', a.usename, concat_ws(', ', nullif(a.application_name, ''), 'process ' || $1)) FROM pg_stat_activity a WHERE a.pid = $1),
+                    'process ' || $1)
+$$;
+COMMENT ON FUNCTION farm.build_session(integer) IS 'A session of the server in words: role, application and process.';
+
+CREATE OR REPLACE FUNCTION farm.build_wait_briefly(longest text) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    row farm.build_queue;
-    open_needs bigint[];
-    broken farm.builds;
+    -- For each statement that waits briefly, the innermost first: DEPTH:lock_timeout from before, parted by commas.
+    kept text := coalesce(current_setting('buildreactor.lock_timeout', true), '');
 BEGIN
-    -- Two needs that end at the same instant: the second waits here for the first, and then sees its result.
-    SELECT * INTO row FROM farm.build_queue q WHERE q.build_id = waiting AND q.needs <> '{}' FOR UPDATE;
-    IF NOT FOUND THEN
-        RETURN;
+    IF split_part(kept, ':', 1) <> pg_trigger_depth()::text THEN
+        PERFORM set_config('buildreactor.lock_timeout', pg_trigger_depth() || ':' || current_setting('lock_timeout') || ',' || kept, true);
     END IF;
-    open_needs := farm.build_needs_open(row.needs);
-    SELECT b.* INTO broken FROM farm.builds b WHERE b.id = ANY (open_needs) AND farm.build_state_is_final(b.state) ORDER BY b.id LIMIT 1;
-    IF FOUND THEN
-        UPDATE farm.builds b
-        SET state = 'skipped', finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
-            detail = format('needs build %s, which ended %s', broken.id, broken.state)
-        WHERE b.id = waiting AND b.state IN ('described', 'queued');
-        -- Not one that has begun, against all expectation: its result finds its row by it.
-        IF FOUND THEN
-            DELETE FROM farm.build_queue q WHERE q.build_id = waiting;
-        END IF;
-    ELSIF open_needs <> row.needs THEN
-        UPDATE farm.build_queue q SET needs = open_needs WHERE q.build_id = waiting;
-    END IF;
+    PERFORM set_config('lock_timeout', longest, true);
 END $$;
-COMMENT ON FUNCTION farm.build_needs_settle(bigint) IS 'Looks at the needs of a waiting build: releases it when all have passed, skips it when one has ended otherwise.';
+COMMENT ON FUNCTION farm.build_wait_briefly(text) IS 'Limits how long the statement of a trigger waits for a lock, until build_queue_asked puts lock_timeout back. Internal.';
 
-CREATE OR REPLACE FUNCTION farm.build_ended() RETURNS trigger
-    -- The planner expects many from a recursive query, and would have it compiled for each build that ends.
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+CREATE OR REPLACE FUNCTION farm.build_queue_ask() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    -- As a rule nothing hangs on it, and what follows is costly to prepare.
-    IF NOT EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id]) THEN
-        RETURN NULL;
-    END IF;
-    IF NEW.state <> 'skipped' THEN
-        -- All that may be released or skipped, through any depth, in the order of ids: transactions that end needs of the same
-        -- builds lock them in the same order. What is skipped comes here again, with its rows locked already.
-        -- An array, not IN: the planner expects many from a recursive query, and would merge with all that waits.
-        PERFORM FROM farm.build_queue q
-        WHERE q.build_id = ANY (ARRAY(
-            WITH RECURSIVE below AS (
-                SELECT w.build_id FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id]
-                UNION
-                SELECT w.build_id FROM below d JOIN farm.build_queue w ON w.needs <> '{}' AND w.needs @> ARRAY[d.build_id]
-            )
-            SELECT build_id FROM below))
-        ORDER BY q.build_id FOR UPDATE;
-    END IF;
-    PERFORM farm.build_needs_settle(q.build_id)
-    FROM (SELECT w.build_id FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id] ORDER BY w.build_id) q;
+    -- A running build's row is locked for hours, and no trigger of the row's comes before that wait. So whoever may be going to
+    -- wait says so with a lock (class -4); the worker that holds the row sees it waiting, steps aside for a moment, and
+    -- build_queue_refuse gives it an answer. Should no worker do so, the wait ends all the same.
+    PERFORM pg_advisory_xact_lock_shared(-4, 0);
+    PERFORM farm.build_wait_briefly('2500ms');
     RETURN NULL;
 END $$;
-COMMENT ON FUNCTION farm.build_ended() IS 'Trigger: a build that reaches a final state releases or skips those that need it, in the same transaction.';
+COMMENT ON FUNCTION farm.build_queue_ask() IS 'Trigger: before an UPDATE or DELETE by a person; limits its wait for a running build''s row.';
 
-CREATE OR REPLACE FUNCTION farm.build_queue_supersede(builder text, coalesce_key text, newest bigint) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION farm.build_queue_asked() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    older bigint;
+    kept text := current_setting('buildreactor.lock_timeout', true);
+    own text := split_part(kept, ',', 1);
 BEGIN
-    -- SKIP LOCKED: a row that is claimed runs, and is never touched.
-    FOR older IN
-        SELECT q.build_id FROM farm.build_queue q
-        WHERE q.builder = $1 AND q.coalesce_key = $2 AND q.build_id <> $3
-          -- What the newest needs is not done by the newest.
-          AND q.build_id NOT IN (
-              WITH RECURSIVE up AS (
-                  SELECT n FROM farm.builds b CROSS JOIN unnest(b.needs) AS n WHERE b.id = $3
-                  UNION
-                  SELECT m FROM up u JOIN farm.builds b ON b.id = u.n CROSS JOIN unnest(b.needs || b.superseded_by) AS m WHERE m IS NOT NULL
-              )
-              SELECT n FROM up)
-        ORDER BY q.build_id FOR UPDATE SKIP LOCKED
-    LOOP
-        UPDATE farm.builds b
-        SET state = 'superseded', superseded_by = newest, finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
-            detail = format('superseded by build %s', newest)
-        WHERE b.id = older AND b.state = 'queued';
-        IF FOUND THEN
-            DELETE FROM farm.build_queue q WHERE q.build_id = older;
-        END IF;
-    END LOOP;
+    IF split_part(own, ':', 1) = pg_trigger_depth()::text THEN
+        PERFORM set_config('lock_timeout', split_part(own, ':', 2), true);
+        PERFORM set_config('buildreactor.lock_timeout', substr(kept, length(own) + 2), true);
+    END IF;
+    RETURN NULL;
 END $$;
-COMMENT ON FUNCTION farm.build_queue_supersede(text, text, bigint) IS 'Ends the other waiting builds of the builder and key.';
+COMMENT ON FUNCTION farm.build_queue_asked() IS 'Trigger: after a statement that was to wait briefly; puts lock_timeout back.';
 
 CREATE OR REPLACE FUNCTION farm.build_queue_update() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -251,6 +211,7 @@ BEGIN
             ERRCODE = 'check_violation',
             HINT = 'DELETE FROM build_queue WHERE build_id = ' || OLD.build_id || '; then INSERT it anew.';
     END IF;
+    PERFORM farm.build_coalesce_key_fits(NEW.coalesce_key);
     IF NEW.properties IS NOT NULL OR NEW.reason IS NOT NULL OR NEW.notify IS NOT NULL THEN
         UPDATE farm.builds
         SET properties = coalesce(NEW.properties, properties), reason = coalesce(NEW.reason, reason), notify = coalesce(NEW.notify, notify)
@@ -259,8 +220,8 @@ BEGIN
         NEW.reason := NULL;
         NEW.notify := NULL;
     END IF;
-    -- Not when build_needs_settle puts a stand-in there.
-    IF pg_trigger_depth() = 1 AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon'
+    -- Not when a worker puts a stand-in there. A person's trigger inside the worker's session is no worker.
+    IF (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon' OR pg_trigger_depth() > 1)
        AND NEW.needs <> OLD.needs AND NOT NEW.needs <@ OLD.needs THEN
         NEW.needs := farm.build_needs_known(NEW.needs);
         PERFORM farm.build_needs_acyclic(NEW.build_id, NEW.needs);
@@ -272,32 +233,6 @@ BEGIN
     RETURN NEW;
 END $$;
 COMMENT ON FUNCTION farm.build_queue_update() IS 'Trigger: keeps ready and queued_xid; passes properties, reason and notify on to builds.';
-
-CREATE OR REPLACE FUNCTION farm.build_queue_ask() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
-BEGIN
-    -- A running build's row is locked for hours, and no trigger of the row's comes before that wait. So whoever may be going to
-    -- wait says so with a lock (class -4); the worker that holds the row sees it waiting, steps aside for a moment, and
-    -- build_queue_refuse gives it an answer. Should no worker do so, the wait ends all the same.
-    PERFORM pg_advisory_xact_lock_shared(-4, 0);
-    IF current_setting('buildreactor.lock_timeout', true) IS NULL OR current_setting('buildreactor.lock_timeout', true) = '' THEN
-        PERFORM set_config('buildreactor.lock_timeout', current_setting('lock_timeout'), true);
-    END IF;
-    PERFORM set_config('lock_timeout', '2500ms', true);
-    RETURN NULL;
-END $$;
-COMMENT ON FUNCTION farm.build_queue_ask() IS 'Trigger: before an UPDATE or DELETE by a person; limits its wait for a running build''s row.';
-
-CREATE OR REPLACE FUNCTION farm.build_queue_asked() RETURNS trigger
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-#variable_conflict use_variable
-BEGIN
-    PERFORM set_config('lock_timeout', current_setting('buildreactor.lock_timeout'), true);
-    PERFORM set_config('buildreactor.lock_timeout', '', true);
-    RETURN NULL;
-END $$;
-COMMENT ON FUNCTION farm.build_queue_asked() IS 'Trigger: after an UPDATE or DELETE by a person; puts lock_timeout back.';
 
 CREATE OR REPLACE FUNCTION farm.build_queue_refuse() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -391,8 +326,11 @@ CREATE OR REPLACE FUNCTION farm.builds_insert() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
-    -- The queue's own trigger inserts queued builds; it stands one level above this one.
-    IF NEW.state IN ('queued', 'running') AND pg_trigger_depth() < 2 THEN
+    -- The queue's own trigger inserts queued builds, and nobody else. It leaves a mark, and works as the owner of the tables: so the
+    -- mark is of no use to another role.
+    IF NEW.state IN ('queued', 'running')
+       AND NOT (NEW.state = 'queued' AND coalesce(current_setting('buildreactor.queueing', true), '') = 'yes'
+                AND current_user = (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = TG_RELID)) THEN
         RAISE EXCEPTION 'a new row of builds cannot be %', NEW.state USING
             ERRCODE = 'check_violation',
             HINT = 'INSERT INTO builds (builder) VALUES (''NAME'') RETURNING id; describes a build, INSERT INTO build_queue (build_id) VALUES (ID); queues it.';
@@ -471,13 +409,13 @@ COMMENT ON FUNCTION farm.build_schedules_changed() IS 'Trigger: NOTIFY build_con
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON farm.build_queue FOR EACH ROW EXECUTE FUNCTION farm.build_queue_insert();
 CREATE OR REPLACE TRIGGER a_update BEFORE UPDATE ON farm.build_queue FOR EACH ROW EXECUTE FUNCTION farm.build_queue_update();
 CREATE OR REPLACE TRIGGER a_ask BEFORE UPDATE OR DELETE ON farm.build_queue FOR EACH STATEMENT
-    WHEN (pg_trigger_depth() = 0 AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION farm.build_queue_ask();
-CREATE OR REPLACE TRIGGER a_asked AFTER UPDATE OR DELETE ON farm.build_queue FOR EACH STATEMENT
-    WHEN (pg_trigger_depth() = 0 AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION farm.build_queue_asked();
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon' OR pg_trigger_depth() > 0) EXECUTE FUNCTION farm.build_queue_ask();
+CREATE OR REPLACE TRIGGER a_asked AFTER INSERT OR UPDATE OR DELETE ON farm.build_queue FOR EACH STATEMENT
+    WHEN (current_setting('buildreactor.lock_timeout', true) <> '') EXECUTE FUNCTION farm.build_queue_asked();
 CREATE OR REPLACE TRIGGER a_refuse BEFORE UPDATE OR DELETE ON farm.build_queue FOR EACH ROW
-    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION farm.build_queue_refuse();
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon' OR pg_trigger_depth() > 0) EXECUTE FUNCTION farm.build_queue_refuse();
 CREATE OR REPLACE TRIGGER a_delete AFTER DELETE ON farm.build_queue FOR EACH ROW
-    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION farm.build_queue_delete();
+    WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon' OR pg_trigger_depth() > 0) EXECUTE FUNCTION farm.build_queue_delete();
 CREATE OR REPLACE TRIGGER a_truncate BEFORE TRUNCATE ON farm.build_queue FOR EACH STATEMENT EXECUTE FUNCTION farm.build_queue_truncate();
 CREATE OR REPLACE TRIGGER build_queue_wake AFTER INSERT OR UPDATE ON farm.build_queue FOR EACH STATEMENT
     WHEN (current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION farm.build_queue_wake();
@@ -485,8 +423,10 @@ CREATE OR REPLACE TRIGGER a_locks BEFORE INSERT OR UPDATE OF locks ON farm.build
 CREATE OR REPLACE TRIGGER a_unused BEFORE UPDATE OR DELETE ON farm.build_locks FOR EACH ROW EXECUTE FUNCTION farm.build_locks_unused();
 CREATE OR REPLACE TRIGGER locks_changed AFTER INSERT OR UPDATE OR DELETE ON farm.build_locks FOR EACH STATEMENT EXECUTE FUNCTION farm.builders_changed();
 CREATE OR REPLACE TRIGGER builders_changed AFTER INSERT OR UPDATE OR DELETE ON farm.builders FOR EACH STATEMENT EXECUTE FUNCTION farm.builders_changed();
+-- A worker looks itself at what hangs on the builds that it ends.
 CREATE OR REPLACE TRIGGER ended AFTER UPDATE OF state ON farm.builds FOR EACH ROW
-    WHEN (farm.build_state_is_final(NEW.state) AND NOT farm.build_state_is_final(OLD.state)) EXECUTE FUNCTION farm.build_ended();
+    WHEN (farm.build_state_is_final(NEW.state) AND NOT farm.build_state_is_final(OLD.state)
+          AND current_setting('buildreactor.session', true) IS DISTINCT FROM 'daemon') EXECUTE FUNCTION farm.build_ended();
 CREATE OR REPLACE TRIGGER a_insert BEFORE INSERT ON farm.builds FOR EACH ROW EXECUTE FUNCTION farm.builds_insert();
 CREATE OR REPLACE TRIGGER a_delete BEFORE DELETE ON farm.builds FOR EACH ROW EXECUTE FUNCTION farm.builds_delete();
 CREATE OR REPLACE TRIGGER a_change BEFORE INSERT OR UPDATE ON farm.build_schedules FOR EACH ROW

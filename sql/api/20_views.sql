@@ -30,7 +30,10 @@ SELECT b.id AS build_id,
        h.pid AS claim_pid,
        a.external_worker,
        a.external_url,
-       (SELECT s.name FROM farm.build_steps s WHERE s.build_id = b.id AND s.attempt = b.attempt AND s.state = 'running' ORDER BY s.position DESC LIMIT 1) AS step
+       (SELECT s.name FROM farm.build_steps s WHERE s.build_id = b.id AND s.attempt = b.attempt AND s.state = 'running' ORDER BY s.position DESC LIMIT 1) AS step,
+       -- While its result is recorded the claim's session may have to wait for a person's transaction; a result that the database refuses
+       -- is told by its worker.
+       coalesce((SELECT 'its result waits for an open transaction of ' || string_agg(farm.build_session(blocker), ' and ') FROM unnest(pg_blocking_pids(h.pid)) AS blocker), b.detail) AS detail
 FROM farm.builds b
 LEFT JOIN farm.build_queue q ON q.build_id = b.id
 LEFT JOIN holders h ON h.transactionid = q.xmax
@@ -69,6 +72,7 @@ COMMENT ON COLUMN farm.running_builds.claim_pid IS 'Backend that holds it (pg_st
 COMMENT ON COLUMN farm.running_builds.external_worker IS 'buildbot: the Buildbot worker that builds it.';
 COMMENT ON COLUMN farm.running_builds.external_url IS 'buildbot: its page on the master.';
 COMMENT ON COLUMN farm.running_builds.step IS 'The step that runs, where its executor tells of steps.';
+COMMENT ON COLUMN farm.running_builds.detail IS 'Why its result cannot be recorded yet: an open transaction that holds its row, or what the database refuses.';
 
 CREATE OR REPLACE VIEW farm.builder_status AS
 WITH slots AS MATERIALIZED (
@@ -206,6 +210,8 @@ SELECT w.build_id,
             WHEN NOT o.fitting THEN 'no running worker takes builder ' || w.builder
                 || CASE WHEN r.labels = '{}' THEN '' ELSE ' with labels ' || array_to_string(r.labels, ', ') END || ' ([worker] builders, labels)'
             WHEN NOT o.accepting THEN o.refusal
+            WHEN EXISTS (SELECT FROM live l WHERE l.unready ? ('#' || w.build_id)) THEN (
+                SELECT min(l.unready ->> ('#' || w.build_id)) FROM live l WHERE l.unready ? ('#' || w.build_id))
             WHEN s.used >= r.max_running THEN 'builder ' || w.builder || ' is busy (' || s.used || ' of ' || r.max_running || ')'
             WHEN EXISTS (SELECT FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity) THEN 'waits for lock ' || (
                 SELECT string_agg(format('%s (%s of %s in use)', u.name, u.used, u.capacity), ', ' ORDER BY u.name)

@@ -1,14 +1,40 @@
--- What people call to steer the queue. None of them ever waits for a running build.
+-- What people call to steer the queue. None of them ever waits for a running build, nor for anybody's open transaction longer than a second.
 --
 -- SECURITY DEFINER, and not for everybody: who may call them needs no rights on the tables, and so cannot make up results, or change
--- what a builder runs. deploy/roles.sql grants them to operators.
+-- what a builder runs. deploy/roles.sql grants all of them to operators, and to submitters those that steer a build of their own.
 
-CREATE OR REPLACE FUNCTION farm.cancel_build(id bigint, reason text DEFAULT NULL) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION farm.build_steered(id bigint) RETURNS farm.builds
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     build farm.builds;
-    said text := format('cancelled by %s', session_user) || coalesce(': ' || reason, '');
+BEGIN
+    SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
+    END IF;
+    IF NOT farm.build_is_for(build.submitted_by) THEN
+        RAISE EXCEPTION 'build % was submitted by %: % may not steer it', $1, build.submitted_by, session_user USING
+            ERRCODE = 'insufficient_privilege', HINT = 'Ask who submitted it, or an operator.';
+    END IF;
+    RETURN build;
+END $$;
+COMMENT ON FUNCTION farm.build_steered(bigint) IS 'A build that the person of this session may steer; refuses any other. Internal.';
+
+CREATE OR REPLACE FUNCTION farm.build_held(id bigint) RETURNS void
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    RAISE EXCEPTION 'build % is held by %', $1, farm.build_holder($1) USING
+        ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended; SELECT pg_terminate_backend(PID); ends it.';
+END $$;
+COMMENT ON FUNCTION farm.build_held(bigint) IS 'Refuses to wait any longer for a build that an open transaction holds. Internal.';
+
+CREATE OR REPLACE FUNCTION farm.build_cancel(id bigint, reason text, said text) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
+#variable_conflict use_variable
+DECLARE
+    build farm.builds;
 BEGIN
     -- The queue row before the builds row, as everybody; a locked one is claimed, and its worker is told.
     PERFORM FROM farm.build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
@@ -31,9 +57,6 @@ BEGIN
         RETURN CASE build.state WHEN 'running' THEN 'its worker is told to stop it' ELSE 'it will be cancelled as soon as its row is free' END;
     END IF;
     SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
-    END IF;
     IF build.state = 'described' THEN
         UPDATE farm.builds b
         SET state = 'cancelled', queued_at = clock_timestamp(), finished_at = clock_timestamp(), detail = said,
@@ -42,25 +65,39 @@ BEGIN
         RETURN 'cancelled';
     END IF;
     RETURN format('it had already ended: %s', build.state);
+EXCEPTION WHEN lock_not_available THEN
+    PERFORM farm.build_held($1);
 END $$;
-COMMENT ON FUNCTION farm.cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which.';
+COMMENT ON FUNCTION farm.build_cancel(bigint, text, text) IS 'Cancels a build, whoever asks, and words it so. Internal.';
+
+CREATE OR REPLACE FUNCTION farm.cancel_build(id bigint, reason text DEFAULT NULL) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    PERFORM farm.build_steered($1);
+    RETURN farm.build_cancel($1, $2, format('cancelled by %s', session_user) || coalesce(': ' || $2, ''));
+END $$;
+COMMENT ON FUNCTION farm.cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which. For who submitted it, and for operators.';
 
 CREATE OR REPLACE FUNCTION farm.build_cancel_settle(id bigint) RETURNS text
-    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-    AS $$ SELECT farm.cancel_build(b.id, b.cancel_reason) FROM farm.builds b WHERE b.id = $1 AND b.cancel_requested_at IS NOT NULL $$;
-COMMENT ON FUNCTION farm.build_cancel_settle(bigint) IS 'Cancels a waiting build that somebody wanted cancelled while its row was locked. For workers, who may cancel nothing else.';
-
-CREATE OR REPLACE FUNCTION farm.retry_build(id bigint) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    now_state farm.build_state;
+    build farm.builds;
 BEGIN
-    SELECT b.state INTO now_state FROM farm.builds b WHERE b.id = $1;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
-    END IF;
-    IF now_state IN ('queued', 'running') THEN
+    -- One that somebody holds is left for the next look.
+    SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1 AND b.cancel_requested_at IS NOT NULL FOR NO KEY UPDATE SKIP LOCKED;
+    RETURN CASE WHEN FOUND THEN farm.build_cancel($1, build.cancel_reason, concat_ws(': ', 'cancelled', build.cancel_reason)) END;
+END $$;
+COMMENT ON FUNCTION farm.build_cancel_settle(bigint) IS 'Cancels a waiting build that somebody wanted cancelled while its row was locked. For workers, who may cancel nothing else.';
+
+CREATE OR REPLACE FUNCTION farm.retry_build(id bigint) RETURNS text
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
+#variable_conflict use_variable
+DECLARE
+    build farm.builds := farm.build_steered($1);
+BEGIN
+    IF build.state IN ('queued', 'running') THEN
         -- Between two tries it need not wait any longer. Locked first and looked at afterwards, as in prioritize_build.
         PERFORM FROM farm.build_queue q WHERE q.build_id = $1 AND q.run_after IS NOT NULL FOR UPDATE SKIP LOCKED;
         IF FOUND THEN
@@ -70,19 +107,19 @@ BEGIN
                 RETURN 'queued, to start at once';
             END IF;
         END IF;
-        RETURN format('it is %s already', now_state);
+        RETURN format('it is %s already', build.state);
     END IF;
     -- Somebody else may do the same at this moment.
     INSERT INTO farm.build_queue (build_id) VALUES ($1) ON CONFLICT DO NOTHING;
     RETURN CASE WHEN FOUND THEN 'queued' ELSE 'it is queued already' END;
 END $$;
-COMMENT ON FUNCTION farm.retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once.';
+COMMENT ON FUNCTION farm.retry_build(bigint) IS 'Queues a build that has ended again, as its next attempt; one that waits for its next try starts at once. For who submitted it, and for operators.';
 
 CREATE OR REPLACE FUNCTION farm.prioritize_build(id bigint, priority integer) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 #variable_conflict use_variable
 DECLARE
-    now_state farm.build_state;
+    build farm.builds := farm.build_steered($1);
 BEGIN
     -- A row may be free while its build runs: its worker has stepped aside for a moment, or lost its claim. The second statement sees
     -- what was committed before the lock.
@@ -94,16 +131,13 @@ BEGIN
             RETURN format('priority %s', $2);
         END IF;
     END IF;
-    SELECT b.state INTO now_state FROM farm.builds b WHERE b.id = $1;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no build %', $1 USING ERRCODE = 'no_data_found';
-    END IF;
-    RETURN CASE WHEN now_state = 'queued' THEN 'it is about to start' ELSE format('it is %s', now_state) END;
+    SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1;
+    RETURN CASE WHEN build.state = 'queued' THEN 'it is about to start' ELSE format('it is %s', build.state) END;
 END $$;
-COMMENT ON FUNCTION farm.prioritize_build(bigint, integer) IS 'Changes the priority of a build that waits.';
+COMMENT ON FUNCTION farm.prioritize_build(bigint, integer) IS 'Changes the priority of a build that waits. For who submitted it, and for operators.';
 
 CREATE OR REPLACE FUNCTION farm.pause_builder(name text, reason text DEFAULT NULL) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE farm.builders r SET paused = true, paused_reason = reason WHERE r.name = $1;
@@ -111,11 +145,13 @@ BEGIN
         RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
     END IF;
     RETURN 'paused; what runs goes on';
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'builder "%" is held by somebody''s open transaction', $1 USING ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended.';
 END $$;
 COMMENT ON FUNCTION farm.pause_builder(text, text) IS 'Starts no more builds of this builder; what runs goes on.';
 
 CREATE OR REPLACE FUNCTION farm.resume_builder(name text) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE farm.builders r SET paused = false, paused_reason = NULL WHERE r.name = $1;
@@ -123,11 +159,13 @@ BEGIN
         RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
     END IF;
     RETURN 'resumed';
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'builder "%" is held by somebody''s open transaction', $1 USING ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended.';
 END $$;
 COMMENT ON FUNCTION farm.resume_builder(text) IS 'Ends a pause.';
 
 CREATE OR REPLACE FUNCTION farm.drain_worker(name text) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 #variable_conflict use_variable
 BEGIN
     UPDATE farm.workers w SET drain_requested = true WHERE w.name = $1;
@@ -136,6 +174,8 @@ BEGIN
     END IF;
     PERFORM pg_notify('build_control', 'drain');
     RETURN 'it claims nothing more, finishes what runs, and leaves';
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'worker "%" is held by somebody''s open transaction', $1 USING ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended.';
 END $$;
 COMMENT ON FUNCTION farm.drain_worker(text) IS 'Lets a worker finish what it runs and then leave.';
 
@@ -163,6 +203,6 @@ END $$;
 COMMENT ON FUNCTION farm.prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
 
 -- What triggers and daemons call works with the owner's rights, and asks nobody who they are.
-REVOKE EXECUTE ON FUNCTION farm.build_needs_settle(bigint), farm.build_queue_supersede(text, text, bigint), farm.build_cancel_settle(bigint) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION farm.build_cancel_settle(bigint), farm.build_cancel(bigint, text, text) FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION farm.cancel_build(bigint, text), farm.retry_build(bigint), farm.prioritize_build(bigint, integer), farm.pause_builder(text, text),
     farm.resume_builder(text), farm.drain_worker(text), farm.prune_builds(interval) FROM PUBLIC;

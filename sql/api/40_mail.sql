@@ -122,7 +122,7 @@ COMMENT ON COLUMN farm.mail_status.last_error IS 'Why the last try failed, in th
 COMMENT ON COLUMN farm.mail_status.sent_at IS 'When the mail server took it.';
 
 CREATE OR REPLACE FUNCTION farm.retry_mail(id bigint) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 #variable_conflict use_variable
 DECLARE
     now_state text;
@@ -140,11 +140,13 @@ BEGIN
         digest = CASE WHEN m.state = 'waiting' THEN m.digest END
     WHERE m.id = $1;
     RETURN 'it will be sent within seconds, if a daemon with [mail] runs';
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'mail % is held by somebody''s open transaction', $1 USING ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended.';
 END $$;
 COMMENT ON FUNCTION farm.retry_mail(bigint) IS 'Has a mail that was parked, was discarded or waits for its next try sent now, and for two more days if need be.';
 
 CREATE OR REPLACE FUNCTION farm.discard_mail(id bigint) RETURNS text
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 #variable_conflict use_variable
 DECLARE
     now_state text;
@@ -160,6 +162,8 @@ BEGIN
     SET state = 'discarded', next_at = NULL, last_error = concat_ws(': ', 'discarded by ' || session_user, m.last_error)
     WHERE m.id = $1;
     RETURN 'discarded';
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'mail % is held by somebody''s open transaction', $1 USING ERRCODE = 'lock_not_available', HINT = 'Try again when that transaction has ended.';
 END $$;
 COMMENT ON FUNCTION farm.discard_mail(bigint) IS 'Has a mail that waits, or was parked, never sent.';
 

@@ -1,12 +1,15 @@
 -- Makes an attempt visible before its first process runs. Runs in a short transaction of its own, while the claim's
--- transaction holds the queue row. No row comes back when the builder no longer allows it.
+-- transaction holds the queue row. No row comes back when the builder no longer allows it, or when somebody holds the row in builds:
+-- see begin_refusal.sql.
 -- $1 bigint  build    $2 text  worker    $3 integer  builder slot held    $4 text[]  labels of the worker
 -- $5 text[]  units of build_locks held    $6 text  id of the worker's folder    $7 text  id of its machine's boot
--- Locks: the builds row, for the length of this statement.
+-- Locks: the builds row, for the length of this statement; waits for nobody.
 -- What runs is found through the newest attempt of a slot: behind a long claim an index of what runs is full of dead entries.
-WITH builder AS MATERIALIZED (
-    SELECT r.* FROM farm.build_queue q JOIN farm.builders r ON r.name = q.builder
-    WHERE q.build_id = $1 AND q.ready AND NOT r.paused AND r.labels <@ $4
+WITH free AS MATERIALIZED (
+    SELECT b.id FROM farm.builds b WHERE b.id = $1 AND b.state IN ('described', 'queued') FOR NO KEY UPDATE SKIP LOCKED
+), builder AS MATERIALIZED (
+    SELECT r.* FROM free JOIN farm.build_queue q ON q.build_id = free.id JOIN farm.builders r ON r.name = q.builder
+    WHERE q.ready AND NOT r.paused AND r.labels <@ $4
       -- A running build keeps its slot when its claim is lost for a while, and with it the lock on the slot.
       AND NOT EXISTS (SELECT FROM (SELECT a.state FROM farm.build_attempts a WHERE a.builder = r.name AND a.slot = $3
                                    ORDER BY a.started_at DESC LIMIT 1) last WHERE last.state = 'running')
@@ -45,11 +48,14 @@ WITH builder AS MATERIALIZED (
     FROM builder
     WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL
     RETURNING b.attempt, b.started_at, b.queued_at, b.properties, to_jsonb(b)::text AS row_json
+), fitting AS MATERIALIZED (
+    -- A daemon's memory is not to be filled by one row.
+    SELECT s.*, octet_length(s.row_json) <= 8388608 AS fits FROM started s
 ), tried AS (
     INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units)
-    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5 FROM started s CROSS JOIN builder r
+    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5 FROM fitting s CROSS JOIN builder r
 )
-SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
+SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, CASE WHEN s.fits THEN s.row_json END AS row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
        -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.
        ARRAY(SELECT key FROM jsonb_each(s.properties) ORDER BY key) AS property_names,
        ARRAY(SELECT coalesce(value #>> '{}', '') FROM jsonb_each(s.properties) ORDER BY key) AS property_values,
@@ -60,4 +66,4 @@ SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS starte
        (extract(epoch FROM coalesce((SELECT a.started_at FROM farm.build_attempts a WHERE a.build_id = $1 ORDER BY a.attempt LIMIT 1), s.started_at)) * 1000000)::bigint AS first_us,
        (SELECT coalesce(max(a.attempt), 0) + 1 FROM farm.build_attempts a
         WHERE a.build_id = $1 AND (a.state <> 'lost' OR a.started_at < s.queued_at)) AS adopt_from
-FROM started s CROSS JOIN builder r
+FROM fitting s CROSS JOIN builder r

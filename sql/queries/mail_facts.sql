@@ -7,7 +7,7 @@ SELECT a.worker || coalesce(' (' || a.external_worker || ')', '') AS worker, t.s
        u.seconds AS usual_seconds,
        left(b.reason, 10000) AS reason, b.submitted_by,
        CASE WHEN octet_length(b.properties::text) <= 20000 THEN b.properties::text ELSE '{}' END AS properties,
-       (to_jsonb(b) - '{id,builder,properties,reason,submitted_by,notify,state,attempt,worker,queued_at,started_at,finished_at,exit_code,term_signal,detail,cancel_requested_at,cancel_reason,superseded_by,needs}'::text[])::text AS own,
+       (SELECT CASE WHEN octet_length(o.own) <= 65536 THEN o.own ELSE '{}' END FROM (SELECT (to_jsonb(b) - '{id,builder,properties,reason,submitted_by,notify,state,attempt,worker,queued_at,started_at,finished_at,exit_code,term_signal,detail,cancel_requested_at,cancel_reason,superseded_by,needs,queued_by}'::text[])::text AS own) o) AS own,
        g.finished_at AS good_at,
        current_database()::text AS dbname,
        (SELECT right(string_agg(l.content, '' ORDER BY l.seq), 65536)

@@ -5,7 +5,7 @@ SELECT count(pg_notify('build_events', CASE WHEN octet_length(whole.payload) < 8
 FROM unnest($1::text[]) AS event(payload)
 LEFT JOIN farm.builds b ON b.id = (event.payload::jsonb ->> 'build_id')::bigint
 CROSS JOIN LATERAL (
-    SELECT (coalesce(to_jsonb(b) - '{id,builder,properties,reason,submitted_by,notify,state,attempt,worker,queued_at,started_at,finished_at,exit_code,term_signal,detail,cancel_requested_at,cancel_reason,superseded_by,needs}'::text[], '{}')
+    SELECT (coalesce(to_jsonb(b) - '{id,builder,properties,reason,submitted_by,notify,state,attempt,worker,queued_at,started_at,finished_at,exit_code,term_signal,detail,cancel_requested_at,cancel_reason,superseded_by,needs,queued_by}'::text[], '{}')
             || event.payload::jsonb)::text AS payload
 ) whole
 UNION ALL SELECT count(pg_notify('build_queue', '')) WHERE $2

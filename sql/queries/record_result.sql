@@ -64,4 +64,7 @@ WITH ended AS MATERIALIZED (
 ), done AS (
     DELETE FROM farm.build_queue q USING verdict v WHERE q.build_id = $1::bigint AND farm.build_state_is_final(v.state)
 )
-SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds FROM verdict v
+SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds,
+       -- Whether other builds hang on it: for whoever settles them after the COMMIT.
+       farm.build_state_is_final(v.state) AND EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[$1::bigint]) AS needed
+FROM verdict v

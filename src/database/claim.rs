@@ -6,15 +6,18 @@ use std::time::Duration;
 use deadpool_postgres::Object;
 use tokio_postgres::types::ToSql;
 
-use super::queries::AdvisoryKeys;
+use super::queries::{AdvisoryKeys, Hello};
 use super::schema::Schema;
 use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, queries};
 use crate::clock::boottime;
 use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
 
-/// How often recording is tried again on the same claim after a deadlock or lock timeout; the row lock survives
+/// How often recording is tried again on the same claim after a deadlock; the row lock survives
 /// `ROLLBACK TO SAVEPOINT`.
 const RECORD_TRIES: u32 = 20;
+
+/// SQLSTATE deadlock_detected and serialization_failure.
+const TRY_AT_ONCE: [&str; 2] = ["40P01", "40001"];
 
 /// A session that may hold a claim. Dropping it ends the session, and with it the transaction: a claim never goes back to
 /// the pool by accident.
@@ -220,7 +223,8 @@ impl Claim {
     /// build run again for ever.
     ///
     /// # Errors
-    /// Before COMMIT: nothing was recorded. At COMMIT: unknown; ask [`Database::attempt_state`] over another connection.
+    /// Before COMMIT: nothing was recorded, and the claim stands if the server has answered. At COMMIT: unknown; ask
+    /// [`Database::attempt_state`] over another connection. The claim [is over](Claim::is_over) then.
     pub async fn record(&mut self, id: AttemptId, ended: &Ended) -> Result<Option<Recorded>> {
         let mut plain = None;
         for tried in 1.. {
@@ -231,15 +235,16 @@ impl Claim {
                     return Ok(None);
                 }
                 Ok(Some(recorded)) => {
-                    answered("commit the result of a build", self.session()?.batch_execute("COMMIT")).await?;
+                    self.commit("commit the result of a build").await?;
                     return Ok(Some(recorded));
                 }
                 Err(error) => {
-                    let again = (error.is_bad_data() && plain.is_none()) || error.is_transient();
-                    if error.sqlstate().is_none() || !again || tried == RECORD_TRIES {
+                    let Some(state) = error.sqlstate() else { return Err(error) };
+                    let again = (error.is_bad_data() && plain.is_none()) || TRY_AT_ONCE.contains(&state);
+                    answered("keep a claim", self.session()?.batch_execute("ROLLBACK TO SAVEPOINT result")).await?;
+                    if !again || tried == RECORD_TRIES {
                         return Err(error);
                     }
-                    answered("keep a claim", self.session()?.batch_execute("ROLLBACK TO SAVEPOINT result")).await?;
                     if error.is_bad_data() {
                         plain = Some(Ended {
                             exit: None,
@@ -254,6 +259,37 @@ impl Claim {
             }
         }
         Ok(None)
+    }
+
+    async fn commit(&mut self, step: &'static str) -> Result<()> {
+        let outcome = answered(step, self.session()?.batch_execute("COMMIT")).await;
+        if outcome.is_err() {
+            self.end();
+        }
+        outcome
+    }
+
+    /// Records a start that the database refused, as an attempt that broke, and commits. `Ok(None)`: the build does not wait any more;
+    /// nothing was written.
+    ///
+    /// # Errors
+    /// As of [`Claim::record`].
+    pub async fn refuse(&mut self, build: BuildId, hello: &Hello, why: &str) -> Result<Option<(AttemptId, Recorded)>> {
+        const STEP: &str = "record that a build cannot be started";
+        let why = crate::model::clean_line(why, 2000);
+        let values: [&(dyn ToSql + Sync); 4] = [&build.0, &hello.name, &why, &hello.folder];
+        let sql = self.schema.sql(queries::ATTEMPT_REFUSED);
+        let Some(row) = answered(STEP, self.session()?.query_opt(&*sql, &values)).await? else {
+            self.release().await?;
+            return Ok(None);
+        };
+        self.commit(STEP).await?;
+        Ok(Some((AttemptId { build, attempt: row.get("attempt") }, recorded(&row))))
+    }
+
+    /// Whether there is no transaction any more that could hold anything.
+    pub fn is_over(&self) -> bool {
+        self.session.is_none()
     }
 
     async fn write_result(&self, id: AttemptId, ended: &Ended) -> Result<Option<Recorded>> {
@@ -295,12 +331,7 @@ impl Claim {
             answered(STEP, async { Ok(tokio::join!(session.batch_execute("SAVEPOINT result"), statement)) }).await?;
         saved.map_err(|source| DatabaseError::Statement { step: STEP, source })?;
         let row = row.map_err(|source| DatabaseError::Statement { step: STEP, source })?;
-        Ok(row.map(|row| {
-            let state: String = row.get("state");
-            let delay: f64 = row.get("delay_seconds");
-            let retry_in = (state == "queued").then(|| Duration::from_secs_f64(delay));
-            Recorded { state, retry_in }
-        }))
+        Ok(row.as_ref().map(recorded))
     }
 
     /// Puts the session back to the pool after its transaction has ended.
@@ -309,8 +340,21 @@ impl Claim {
     }
 }
 
+fn recorded(row: &tokio_postgres::Row) -> Recorded {
+    let state: String = row.get("state");
+    let delay: f64 = row.get("delay_seconds");
+    let retry_in = (state == "queued").then(|| Duration::from_secs_f64(delay));
+    Recorded { state, retry_in, needed: row.get("needed") }
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Claim {
+    fn end(&mut self) {
         if let Some(session) = self.session.take() {
             // Out of the pool: closing the connection is what ends the transaction, whatever state it is in.
             drop(Object::take(session));

@@ -147,6 +147,18 @@ impl DatabaseError {
         }
     }
 
+    /// Whether the server has answered a statement with a refusal that will not pass by itself: it did nothing, and what it was asked is
+    /// refused again until somebody changes a row, a trigger or a right.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, DatabaseError::Statement { .. }) && self.sqlstate().is_some() && !self.is_transient()
+    }
+
+    /// Whether such a refusal is about the data of the row: a value (class 22), a constraint (23), a limit of the program (54), or more
+    /// memory than PostgreSQL gives a value (XX000).
+    pub fn is_about_the_row(&self) -> bool {
+        self.is_bad_data() || self.sqlstate().is_some_and(|code| code.starts_with("54") || code == "XX000")
+    }
+
     /// Whether the server refused a value (class 22 or 23): trying the same again is useless.
     pub fn is_bad_data(&self) -> bool {
         self.sqlstate().is_some_and(|code| code.starts_with("22") || code.starts_with("23"))

@@ -15,6 +15,7 @@ mod embedded {
 }
 
 pub(super) const API: &[&str] = &[
+    include_str!("../../sql/api/05_needs.sql"),
     include_str!("../../sql/api/10_triggers.sql"),
     include_str!("../../sql/api/20_views.sql"),
     include_str!("../../sql/api/30_functions.sql"),

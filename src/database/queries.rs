@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ConstantBuilder};
 use tokio_postgres::types::ToSql;
 
 use super::{Database, Result, answered};
@@ -23,7 +24,9 @@ macro_rules! statements {
 statements! {
     ATTEMPT_SEEN = "attempt_seen.sql";
     ATTEMPT_STATE = "attempt_state.sql";
+    ATTEMPT_REFUSED = "attempt_refused.sql";
     BEGIN_ATTEMPT = "begin_attempt.sql";
+    BEGIN_REFUSAL = "begin_refusal.sql";
     CLAIM_AGAIN = "claim_again.sql";
     CLAIM_COUNT = "claim_count.sql";
     CLAIM_ROW = "claim_row.sql";
@@ -64,6 +67,7 @@ statements! {
     READ_STEPS = "read_steps.sql";
     READ_WORKERS = "read_workers.sql";
     RECORD_RESULT = "record_result.sql";
+    RESULT_REFUSED = "result_refused.sql";
     SCHEDULE_DONE = "schedule_done.sql";
     SCHEDULE_DUE = "schedule_due.sql";
     SCHEDULE_ENQUEUE = "schedule_enqueue.sql";
@@ -72,6 +76,8 @@ statements! {
     SCHEDULE_REFUSE = "schedule_refuse.sql";
     SCHEDULE_WAIT = "schedule_wait.sql";
     SETTLE = "settle.sql";
+    SETTLE_FOLLOW = "settle_follow.sql";
+    SETTLE_NEEDS = "settle_needs.sql";
     WORKER_HELLO = "worker_hello.sql";
     WORKER_HOLDER = "worker_holder.sql";
 }
@@ -106,6 +112,19 @@ pub struct Heard {
     pub others: i64,
     /// `drain_worker` was called.
     pub drain: bool,
+}
+
+/// What came of a start.
+#[derive(Debug)]
+pub enum Begun {
+    /// The attempt is visible.
+    Started(Job),
+    /// Likewise, but the row of the build is too large to be given to a script.
+    TooLarge(Job),
+    /// Nothing has begun: somebody holds the build's row, in words.
+    Held(String),
+    /// Nothing has begun: the builder is paused, or its limits have changed, or the build does not wait.
+    Refused,
 }
 
 /// When a piece of a log survives a crash of the server.
@@ -168,8 +187,7 @@ pub(super) fn limit(seconds: f64) -> Duration {
 }
 
 impl Database {
-    /// Makes an attempt visible, and brings everything needed to run it. `None`: the builder is paused, or its limits
-    /// have changed, or the build is not waiting.
+    /// Makes an attempt visible, and brings everything needed to run it.
     ///
     /// # Errors
     /// Nothing was started.
@@ -179,7 +197,7 @@ impl Database {
         hello: &Hello,
         slot: i32,
         lock_units: &[String],
-    ) -> Result<Option<Job>> {
+    ) -> Result<Begun> {
         const STEP: &str = "start an attempt";
         let session = self.work().await?;
         let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(BEGIN_ATTEMPT))).await?;
@@ -192,12 +210,15 @@ impl Database {
         )
         .await?
         else {
-            return Ok(None);
+            let row = answered(STEP, session.query_opt(&*self.schema.sql(BEGIN_REFUSAL), &[&build.0])).await?;
+            return Ok(row.and_then(|row| row.get("held")).map_or(Begun::Refused, Begun::Held));
         };
+        let whole_row: Option<String> = row.get("row_json");
+        let fits = whole_row.is_some();
         let pairs = |names: &str, values: &str| -> Vec<(String, String)> {
             row.get::<_, Vec<String>>(names).into_iter().zip(row.get::<_, Vec<String>>(values)).collect()
         };
-        Ok(Some(Job {
+        let job = Job {
             id: AttemptId { build, attempt: row.get("attempt") },
             started_us: row.get("started_us"),
             builder: row.get("builder"),
@@ -207,7 +228,7 @@ impl Database {
             script: row.get("script"),
             env: pairs("env_names", "env_values"),
             properties: pairs("property_names", "property_values"),
-            row: row.get("row_json"),
+            row: whole_row.unwrap_or_default(),
             timeout: limit(row.get("timeout_seconds")),
             silence_timeout: row.get::<_, Option<f64>>("silence_seconds").map(limit),
             keep_workspace: row.get("keep_workspace"),
@@ -217,7 +238,31 @@ impl Database {
             adopt_from: row.get("adopt_from"),
             age: Duration::ZERO,
             boot: Some(hello.boot.clone()),
-        }))
+        };
+        Ok(if fits { Begun::Started(job) } else { Begun::TooLarge(job) })
+    }
+
+    /// Says in `builds` why the result of an attempt cannot be recorded. It does not wait for a row that somebody holds.
+    ///
+    /// # Errors
+    /// Not said.
+    pub async fn result_refused(&self, id: AttemptId, why: &str) -> Result<()> {
+        const STEP: &str = "say why a result cannot be recorded";
+        let why = crate::model::clean_line(why, 2000);
+        let session = self.work().await?;
+        answered(STEP, session.execute(&*self.schema.sql(RESULT_REFUSED), &[&id.build.0, &id.attempt, &why])).await?;
+        Ok(())
+    }
+
+    /// Whose open transaction holds the row of a build in `builds`, in words; "an open transaction" where nobody can tell.
+    ///
+    /// # Errors
+    /// Unknown then.
+    pub async fn holder(&self, build: BuildId) -> Result<String> {
+        const STEP: &str = "look who holds a build";
+        const SQL: &str = "SELECT farm.build_holder($1)";
+        let session = self.work().await?;
+        Ok(answered(STEP, session.query_one(&*self.schema.sql(SQL), &[&build.0])).await?.get(0))
     }
 
     /// Counts a claim that was taken again, while its row is locked; comes back with the keys of its advisory locks, to be
@@ -357,16 +402,41 @@ impl Database {
         Ok(Heard { others: row.get("others"), drain: row.get::<_, Option<bool>>("drain").unwrap_or(false) })
     }
 
-    /// Settles waiting builds that their needs, a cancel or a newer build have passed by; comes back with how many.
+    /// Settles what hangs on builds that have `ended`; with `everything` also all waiting builds that their needs, a cancel or a newer
+    /// build have passed by. Comes back with whether there was anything to settle.
     ///
     /// # Errors
-    /// Nothing was settled; the next call tries again.
-    pub async fn settle(&self) -> Result<i64> {
+    /// Some were not settled; a later call with `everything` finds them.
+    pub async fn settle(&self, ended: &[BuildId], everything: bool) -> Result<bool> {
         const STEP: &str = "settle waiting builds";
         const MOST: i32 = 1000;
-        let session = self.work().await?;
-        let rows = answered(STEP, session.query(&*self.schema.sql(SETTLE), &[&MOST])).await?;
-        Ok(rows.iter().map(|row| row.get::<_, i64>(0)).sum())
+        /// How long one statement may hold what it has settled: nobody's cancel waits longer for it.
+        const SECONDS: f64 = 0.2;
+        // Another worker may hold a row for as long, having looked at it before ours ended.
+        let mut pauses = ConstantBuilder::default().with_delay(Duration::from_millis(100)).with_max_times(5).build();
+        let mut ended: Vec<i64> = ended.iter().map(|build| build.0).collect();
+        let mut settled = false;
+        if everything {
+            let session = self.work().await?;
+            let row = answered(STEP, session.query_one(&*self.schema.sql(SETTLE), &[&MOST])).await?;
+            settled = row.get::<_, i64>("settled") > 0;
+            let row = answered(STEP, session.query_one(&*self.schema.sql(SETTLE_NEEDS), &[&MOST])).await?;
+            ended.extend(row.get::<_, Vec<i64>>("ended"));
+        }
+        while !ended.is_empty() {
+            let session = self.work().await?;
+            let follow = answered(STEP, session.prepare_cached(&self.schema.sql(SETTLE_FOLLOW))).await?;
+            let row = answered(STEP, session.query_one(&follow, &[&ended, &SECONDS])).await?;
+            drop(session);
+            ended = row.get("left_over");
+            if row.get::<_, i64>("settled") > 0 {
+                settled = true;
+            } else if !ended.is_empty() {
+                let Some(pause) = pauses.next() else { break };
+                tokio::time::sleep(pause).await;
+            }
+        }
+        Ok(settled)
     }
 
     /// Sends events, and with `wake` a wake to all workers. `synchronous_commit` is off: a notifying COMMIT holds a lock on

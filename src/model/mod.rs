@@ -253,6 +253,8 @@ pub struct Recorded {
     pub state: String,
     /// When it is tried again: after this long.
     pub retry_in: Option<Duration>,
+    /// It has ended, and other builds hang on it.
+    pub needed: bool,
 }
 
 /// Text for a `text` column: PostgreSQL refuses NUL, and one NUL in a result would make it unrecordable for ever.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::in_hand::Hand;
 use super::{Shared, scribe};
 use crate::database::claim::Pulse;
-use crate::database::queries::AdvisoryKeys;
+use crate::database::queries::{AdvisoryKeys, Begun};
 use crate::database::{Claim, DatabaseError, Tried};
 use crate::executor::{Begin, Tether};
 use crate::logs::{self, Shipped};
@@ -26,6 +26,13 @@ const LAST_PING: Duration = Duration::from_millis(300);
 
 /// How long a renewal takes from here to the keeper's socket, generously.
 const PASSING_ON: Duration = Duration::from_millis(20);
+
+/// How long a build is left alone whose row somebody holds, and one that the database refuses to start.
+const HELD: Duration = Duration::from_secs(1);
+const REFUSED: Duration = Duration::from_secs(30);
+
+/// SQLSTATE lock_not_available.
+const LOCK_TIMEOUT: &str = "55P03";
 
 /// Between two complaints about a result that cannot be recorded.
 const COMPLAIN: Duration = Duration::from_secs(600);
@@ -89,6 +96,22 @@ pub enum Done {
     RowsGone(Vec<BuildId>),
     /// The builder no longer allows it (paused, fewer slots, other labels), or the row was not waiting.
     Refused(BuildId),
+    /// This build cannot be started now, others of its builder may be; nothing is held.
+    Held {
+        /// The build.
+        build: BuildId,
+        /// For people.
+        why: String,
+        /// How long to leave it alone.
+        pause: Duration,
+    },
+    /// The database refused to start this build, which was recorded as an attempt that broke.
+    Broken {
+        /// The build.
+        build: BuildId,
+        /// What became of it; `None`: it does not wait any more.
+        recorded: Option<Recorded>,
+    },
     /// The database failed before the attempt began; nothing is held.
     Failed {
         /// How.
@@ -150,8 +173,19 @@ pub async fn attempt(
     let pulse = Pulse::now();
     let begun = shared.database.begin_attempt(build, &shared.hello, slot, &lock_units).await;
     let mut job = match begun {
-        Ok(Some(job)) => job,
-        Ok(None) => {
+        Ok(Begun::Started(job)) => job,
+        Ok(Begun::TooLarge(job)) => {
+            let why = "its row in builds, as JSON, has more than 8 MiB: columns of your own are part of it".to_owned();
+            let ended = Ended::without_process(Outcome::Error, why);
+            return match claim.record(job.id, &ended).await {
+                Ok(recorded) => {
+                    claim.finish();
+                    Done::Broken { build, recorded }
+                }
+                Err(error) => Done::Failed { error, in_doubt: true },
+            };
+        }
+        Ok(Begun::Refused) => {
             return match claim.release().await {
                 Ok(()) => {
                     claim.finish();
@@ -160,6 +194,11 @@ pub async fn attempt(
                 Err(error) => Done::Failed { error, in_doubt: false },
             };
         }
+        Ok(Begun::Held(by)) => {
+            let why = format!("its row in builds is held by {by}");
+            return put_back(claim, Done::Held { build, why, pause: HELD }).await;
+        }
+        Err(error) if error.is_refusal() => return refused(shared, claim, builder, build, &error).await,
         // Then the reactor finds it, and takes it over.
         Err(error) => return Done::Failed { error, in_doubt: true },
     };
@@ -182,6 +221,40 @@ pub async fn attempt(
     tracing::info!(build.id = %job.id.build, build.attempt = job.id.attempt, builder = job.builder,
         "build {} of {} started", job.id, job.builder);
     Attempt::new(shared, job, hand, pulse, stop, Some(claim)).run(Begin::Start).await
+}
+
+/// Lets go of a row that was claimed, and of nothing else; `done` comes back.
+async fn put_back(mut claim: Claim, done: Done) -> Done {
+    match claim.release().await {
+        Ok(()) => {
+            claim.finish();
+            done
+        }
+        Err(error) => Done::Failed { error, in_doubt: false },
+    }
+}
+
+/// The database refused to start `build`. For what stands in its own row it is charged with an attempt; else it waits, and says why.
+async fn refused(shared: &Shared, mut claim: Claim, builder: &Builder, build: BuildId, error: &DatabaseError) -> Done {
+    let why = format!("the database refuses to start it: {}", Chain(error));
+    if error.is_about_the_row() {
+        match claim.refuse(build, &shared.hello, &why).await {
+            Ok(recorded) => {
+                claim.finish();
+                if let Some((id, recorded)) = &recorded {
+                    tracing::warn!(build.id = %build, build.attempt = id.attempt, builder = builder.name,
+                        "build {build} is now {}: {why}", recorded.state);
+                    let event = if recorded.retry_in.is_some() { "retried" } else { "finished" };
+                    shared.herald.event(*id, &builder.name, &shared.hello.name, &recorded.state, event);
+                }
+                return Done::Broken { build, recorded: recorded.map(|(_, recorded)| recorded) };
+            }
+            // Its row cannot even be written to say so.
+            Err(also) if also.is_refusal() => return Done::Held { build, why, pause: REFUSED },
+            Err(error) => return Done::Failed { error, in_doubt: false },
+        }
+    }
+    put_back(claim, Done::Held { build, why, pause: REFUSED }).await
 }
 
 /// Goes on with an attempt that this worker was running when its last daemon left, or that began here without an answer.
@@ -207,13 +280,16 @@ struct Attempt<'a> {
     log_in_doubt: bool,
 }
 
-/// A wait that doubles, up to 15 s.
-struct Pause(Duration);
+/// A wait that doubles, up to 15 s or `most`.
+struct Pause {
+    next: Duration,
+    most: Duration,
+}
 
 impl Pause {
     async fn wait(&mut self) {
-        tokio::time::sleep(self.0).await;
-        self.0 = (self.0 * 2).min(Duration::from_secs(15));
+        tokio::time::sleep(self.next.min(self.most)).await;
+        self.next = (self.next * 2).min(Duration::from_secs(15));
     }
 }
 
@@ -471,8 +547,9 @@ impl<'a> Attempt<'a> {
     /// through; the attempt's own row does.
     async fn record(&mut self, ended: &Ended) -> Option<Recorded> {
         let id = self.job.id;
-        let mut warned: Option<Instant> = None;
-        let mut pause = Pause(RETAKE);
+        let mut warned: Option<(Instant, String)> = None;
+        // Each try is a ping of the claim, where it stands.
+        let mut pause = Pause { next: RETAKE, most: self.shared.settings.ping };
         loop {
             if self.shared.giving_up.is_cancelled() {
                 tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
@@ -505,17 +582,39 @@ impl<'a> Attempt<'a> {
                     return recorded;
                 }
                 Err(error) => {
-                    if warned.is_none_or(|at| at.elapsed() > COMPLAIN) {
-                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt,
-                            "cannot record the result of build {id} yet: {}", Chain(&error));
-                        warned = Some(Instant::now());
+                    let why = self.unrecorded(ended, &error).await;
+                    if warned.as_ref().is_none_or(|(at, said)| at.elapsed() > COMPLAIN || *said != why) {
+                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "build {id}: {why}");
+                        warned = Some((Instant::now(), why));
                     }
-                    drop(claim);
-                    self.log_in_doubt = true;
+                    if error.sqlstate().is_some() && !claim.is_over() {
+                        // Nobody else is to take the build for lost meanwhile.
+                        self.claim = Some(claim);
+                    } else {
+                        drop(claim);
+                        self.log_in_doubt = true;
+                    }
                     pause.wait().await;
                 }
             }
         }
+    }
+
+    /// Why the result could not be recorded, in words. What the database refuses is said in `builds` as well.
+    async fn unrecorded(&self, ended: &Ended, error: &DatabaseError) -> String {
+        let (id, database) = (self.job.id, &self.shared.database);
+        let result = ended.outcome.attempt_state();
+        if error.sqlstate() == Some(LOCK_TIMEOUT) {
+            let holder = database.holder(id.build).await.unwrap_or_else(|_| "an open transaction".to_owned());
+            return format!("its result, {result}, waits for {holder}");
+        }
+        let why = format!("its result, {result}, cannot be recorded yet: {}", Chain(error));
+        if error.is_refusal()
+            && let Err(error) = database.result_refused(id, &why).await
+        {
+            tracing::debug!(error = %Chain(&error), "psql was not told");
+        }
+        why
     }
 
     fn tell(&self, ended: &Ended, recorded: Option<&Recorded>, took: Duration) {
@@ -561,7 +660,16 @@ pub async fn recover(shared: &Shared, lost: &Unlocked) -> Result<Option<Recorded
         return Ok(None);
     }
     let ended = Ended::without_process(Outcome::Lost, format!("worker `{worker}` disappeared"));
-    let recorded = claim.record(id, &ended).await?;
+    let recorded = match claim.record(id, &ended).await {
+        Ok(recorded) => recorded,
+        Err(error) => {
+            if error.is_refusal() {
+                let why = format!("its worker `{worker}` disappeared, and that cannot be recorded: {}", Chain(&error));
+                shared.database.result_refused(id, &why).await?;
+            }
+            return Err(error);
+        }
+    };
     claim.finish();
     if let Some(recorded) = &recorded {
         tracing::warn!(build.id = %id.build, build.attempt = id.attempt,

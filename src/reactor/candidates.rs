@@ -4,6 +4,8 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 
+use tokio::time::Instant;
+
 use crate::model::{BuildId, Candidate};
 
 /// How many of each builder a look brings.
@@ -25,6 +27,8 @@ struct Line {
 pub struct Candidates {
     lines: HashMap<String, Line>,
     known: HashMap<BuildId, (String, i32)>,
+    /// Builds that are passed over until then.
+    aside: HashMap<BuildId, Instant>,
 }
 
 impl Candidates {
@@ -32,12 +36,25 @@ impl Candidates {
     pub fn replace(&mut self, found: Vec<Candidate>) {
         self.lines.clear();
         self.known.clear();
+        let now = Instant::now();
+        self.aside.retain(|_, until| now < *until);
         for candidate in found {
             self.insert(candidate);
         }
         for line in self.lines.values_mut() {
             line.more = line.more || line.order.len() >= EACH;
         }
+    }
+
+    /// How many of each builder a look is to bring: some are passed over.
+    pub fn wanted(&self) -> usize {
+        EACH + self.aside.len()
+    }
+
+    /// Passes a build over until then; a look at everything after that brings it back.
+    pub fn set_aside(&mut self, build: BuildId, until: Instant) {
+        self.remove(build);
+        self.aside.insert(build, until);
     }
 
     /// Adds what is new, or changed.
@@ -48,7 +65,15 @@ impl Candidates {
         }
     }
 
+    /// Whether a build is passed over.
+    pub fn is_aside(&self, build: BuildId) -> bool {
+        self.aside.contains_key(&build)
+    }
+
     fn insert(&mut self, candidate: Candidate) {
+        if self.aside.get(&candidate.build).is_some_and(|until| Instant::now() < *until) {
+            return;
+        }
         let key = (Reverse(candidate.priority), candidate.build);
         let line = self.lines.entry(candidate.builder.clone()).or_default();
         // Behind the last known with unknown ones between them: claiming it would be out of order.

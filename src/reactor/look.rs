@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::candidates::EACH;
 use super::eligible::{matches, short_of_disk};
 use super::{AFTER_FAILURE, ASKERS, Active, Finished, LOST, NEW, Order, PROMOTE, Reactor, Stop, adopt, attempt};
 use crate::database::DatabaseError;
@@ -24,6 +23,10 @@ impl Reactor {
         let kicked = self.news.take_kick();
         let mut everything = kicked || now >= self.timers.everything || self.snapshot.is_none();
         let control = self.news.take_control();
+        if control {
+            // A person may have ended a build that others need.
+            self.timers.settle = now;
+        }
         if control || everything {
             let builders = watch.builders(&self.shared.hello.labels).await?;
             let patterns = &self.shared.settings.builders;
@@ -66,7 +69,8 @@ impl Reactor {
         self.snapshot = match snapshot {
             Some(snapshot) => Some(snapshot),
             None => {
-                let (snapshot, found) = watch.look_all(&names, EACH as i32).await?;
+                let each = i32::try_from(self.candidates.wanted()).unwrap_or(i32::MAX);
+                let (snapshot, found) = watch.look_all(&names, each).await?;
                 self.candidates.replace(found);
                 self.timers.everything = now + self.shared.settings.poll;
                 Some(snapshot)
@@ -74,7 +78,7 @@ impl Reactor {
         };
         if everything {
             let candidates = &self.candidates;
-            self.unready.retain(|builder| candidates.rank(builder).is_some());
+            self.unready.retain(|builder| candidates.rank(builder).is_some(), |build| candidates.is_aside(build));
         }
         let tend = everything || now >= self.timers.lost;
         if tend || control {
@@ -138,7 +142,7 @@ impl Reactor {
         }
         if now >= self.timers.settle {
             self.timers.settle = now + self.shared.settings.poll;
-            self.settle();
+            self.settle_everything();
         }
         if everything || control || now >= self.scheduler.at {
             self.tend_schedules();

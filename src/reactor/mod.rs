@@ -148,15 +148,18 @@ pub struct Reactor {
     /// Until when these are not asked about again.
     held: HashMap<String, Instant>,
     settling: Settling,
+    /// All that waits was settled, or tried to be, since the start: what is superseded is not to be begun.
+    has_settled: bool,
     scheduler: Scheduler,
 }
 
-/// Whether a task settles waiting builds, and whether there was another reason to since it began.
-#[derive(PartialEq, Eq)]
-enum Settling {
-    No,
-    Yes,
-    YesAndAgain,
+/// What is to be settled, and whether a task is at it. What comes meanwhile is for the next one.
+#[derive(Default)]
+struct Settling {
+    under_way: bool,
+    /// Builds that have ended and that others hang on.
+    ended: Vec<BuildId>,
+    everything: bool,
 }
 
 /// Why a reactor left.
@@ -177,7 +180,7 @@ struct Active {
 enum Finished {
     Attempt(String, Done),
     Recovery(AttemptId, Result<Option<Recorded>, DatabaseError>),
-    Settled(Result<i64, DatabaseError>),
+    Settled(Result<bool, DatabaseError>),
     Schedules(Result<Tended, DatabaseError>),
 }
 
@@ -224,7 +227,8 @@ impl Reactor {
             unready: Unready::default(),
             in_doubt: None,
             held: HashMap::new(),
-            settling: Settling::No,
+            settling: Settling::default(),
+            has_settled: false,
             scheduler: Scheduler::new(now),
         }
     }
@@ -306,7 +310,7 @@ impl Reactor {
 
     /// Starts a claim for each free slot, best candidate first.
     fn fill(&mut self) {
-        if self.leaving.is_some() || self.watch.is_none() || self.not_accepting.is_some() {
+        if self.leaving.is_some() || self.watch.is_none() || self.not_accepting.is_some() || !self.has_settled {
             return;
         }
         while self.free_slots() > 0 {
@@ -386,6 +390,7 @@ impl Reactor {
         self.short_of_locks.remove(&builder);
         self.candidates.remove(id.build);
         self.unready.remove(&builder);
+        self.unready.remove_build(id.build);
         if self.leaving == Some(Order::Stop) {
             stop.give_back();
         }
@@ -412,7 +417,7 @@ impl Reactor {
             Ok(Finished::Recovery(id, result)) => {
                 self.lost.done(id);
                 match result {
-                    Ok(Some(recorded)) => self.plan_retry(&recorded),
+                    Ok(Some(recorded)) => self.follow(id.build, &recorded),
                     Ok(None) => {}
                     Err(error) => {
                         tracing::warn!(build.id = %id.build, "cannot take over build {id} yet: {}", Chain(&error))
@@ -420,16 +425,15 @@ impl Reactor {
                 }
             }
             Ok(Finished::Settled(result)) => {
-                let again = std::mem::replace(&mut self.settling, Settling::No) == Settling::YesAndAgain;
+                self.settling.under_way = false;
+                self.has_settled = true;
                 match result {
-                    Ok(0) => {}
+                    Ok(false) => {}
                     // Released rows are seen by the look that follows; other workers have to be told.
-                    Ok(_) => self.wake_others(),
+                    Ok(true) => self.wake_others(),
                     Err(error) => tracing::warn!("{}", Chain(&error)),
                 }
-                if again {
-                    self.settle();
-                }
+                self.settle();
             }
             Ok(Finished::Schedules(result)) => self.schedules_tended(result),
             Err(error) => {
@@ -478,9 +482,28 @@ impl Reactor {
                 self.block(builder, BUSY_ELSEWHERE);
                 self.look_again_within(BUSY_ELSEWHERE);
             }
+            Done::Held { build, why, pause } => {
+                self.claimed(builder);
+                // Those behind it are next, at once.
+                self.candidates.set_aside(build, Instant::now() + pause);
+                if self.unready.insert_build(build, why.clone()) {
+                    tracing::warn!(build.id = %build, builder, "build {build} of {builder} does not start: {why}");
+                }
+                self.look_again_within(pause);
+            }
+            Done::Broken { build, recorded } => {
+                self.claimed(builder);
+                self.forget(&[build]);
+                if let Some(recorded) = &recorded {
+                    self.follow(build, recorded);
+                }
+            }
             Done::Failed { error, in_doubt } => {
                 self.claimed(builder);
-                tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
+                let why = format!("its builds cannot be claimed: {}", Chain(&error));
+                if self.unready.insert(builder, why) {
+                    tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
+                }
                 self.block(builder, AFTER_FAILURE);
                 if in_doubt {
                     let at = Instant::now() + AFTER_FAILURE;
@@ -492,7 +515,7 @@ impl Reactor {
             Done::Ended { id, recorded } => {
                 self.running.remove(&id);
                 match &recorded {
-                    Some(recorded) => self.plan_retry(recorded),
+                    Some(recorded) => self.follow(id.build, recorded),
                     // Recorded in a COMMIT that was in doubt, or by others: perhaps it is to be tried again.
                     None => self.look_again_within(AFTER_FAILURE),
                 }
@@ -531,15 +554,31 @@ impl Reactor {
         }
     }
 
-    /// Starts settling waiting builds, or has it done once more after the one under way.
+    /// Settles all waiting builds that have to be.
+    fn settle_everything(&mut self) {
+        self.settling.everything = true;
+        self.settle();
+    }
+
+    /// Starts settling what there is to settle, unless a task is at it.
     fn settle(&mut self) {
-        if self.settling != Settling::No {
-            self.settling = Settling::YesAndAgain;
+        let settling = &mut self.settling;
+        if settling.under_way || (settling.ended.is_empty() && !settling.everything) {
             return;
         }
-        self.settling = Settling::Yes;
+        settling.under_way = true;
+        let (ended, everything) = (std::mem::take(&mut settling.ended), std::mem::take(&mut settling.everything));
         let shared = Arc::clone(&self.shared);
-        self.tasks.spawn(async move { Finished::Settled(shared.database.settle().await) });
+        self.tasks.spawn(async move { Finished::Settled(shared.database.settle(&ended, everything).await) });
+    }
+
+    /// What follows from a result that was recorded: of this build, and of those that hang on it.
+    fn follow(&mut self, build: BuildId, recorded: &Recorded) {
+        self.plan_retry(recorded);
+        if recorded.needed {
+            self.settling.ended.push(build);
+            self.settle();
+        }
     }
 
     fn forget(&mut self, builds: &[BuildId]) {

@@ -35,7 +35,7 @@ pub(super) const PRIVILEGES: &str = "
         SELECT 'FUNCTION ' || f::text, 'EXECUTE'
         FROM unnest(ARRAY[to_regprocedure('pg_notify(text, text)'), to_regprocedure('build_state_is_final(build_state)'), to_regprocedure('mail_addresses_are_valid(text[])'),
                           to_regprocedure('build_schema_api()'), to_regprocedure('build_schema_requires()'),
-                          to_regprocedure('build_needs_settle(bigint)'), to_regprocedure('build_queue_supersede(text, text, bigint)'), to_regprocedure('build_cancel_settle(bigint)')]) AS f
+                          to_regprocedure('build_needs_follow(bigint[], double precision)'), to_regprocedure('build_queue_supersede(text, text, bigint)'), to_regprocedure('build_cancel_settle(bigint)')]) AS f
         WHERE f IS NOT NULL AND NOT has_function_privilege(f, 'EXECUTE')
     )
     SELECT current_user::text AS role, object, missing, format('GRANT %s ON %s TO %I;', missing, object, current_user) AS remedy

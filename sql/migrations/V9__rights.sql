@@ -1,0 +1,21 @@
+-- Who queued a build last, and how long the texts may be that people write.
+
+ALTER TABLE builds ADD COLUMN queued_by text;
+COMMENT ON COLUMN builds.queued_by IS 'The database role that queued it last. Null: before this version, or not queued yet.';
+
+-- Builds that have ended keep what they say: going through all of them would take long. One that is queued again is checked then.
+UPDATE builds SET reason = left(reason, 10000) WHERE state IN ('described', 'queued', 'running') AND octet_length(reason) > 65536;
+UPDATE builds SET cancel_reason = left(cancel_reason, 10000) WHERE state IN ('described', 'queued', 'running') AND octet_length(cancel_reason) > 65536;
+ALTER TABLE builds
+    ADD CONSTRAINT reason_cancel_reason_and_detail_are_at_most_64_kib_each
+        CHECK (octet_length(reason) <= 65536 AND octet_length(cancel_reason) <= 65536 AND octet_length(detail) <= 65536) NOT VALID,
+    ADD CONSTRAINT needs_are_at_most_100000 CHECK (cardinality(needs) <= 100000) NOT VALID;
+
+UPDATE builders SET description = left(description, 10000) WHERE octet_length(description) > 65536;
+UPDATE builders SET paused_reason = left(paused_reason, 10000) WHERE octet_length(paused_reason) > 65536;
+ALTER TABLE builders
+    ADD CONSTRAINT description_paused_reason_and_settings_are_at_most_64_kib_each
+        CHECK (octet_length(description) <= 65536 AND octet_length(paused_reason) <= 65536 AND octet_length(settings::text) <= 65536) NOT VALID,
+    ADD CONSTRAINT labels_and_locks_are_at_most_100_names_and_20000_bytes_each
+        CHECK (cardinality(labels) <= 100 AND cardinality(locks) <= 100
+               AND octet_length(array_to_string(labels, ',')) <= 20000 AND octet_length(array_to_string(locks, ',')) <= 20000) NOT VALID;

@@ -1,0 +1,222 @@
+//! What the database refuses is said in psql, ends, and holds nothing else up.
+
+use crate::support::{Daemon, Db, temp_dir};
+
+const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
+
+/// A trigger function of somebody's own that refuses.
+const NO: &str = "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''not on a %'', to_char(now(), ''FMDay''); END'";
+
+#[tokio::test]
+async fn every_text_that_a_person_writes_has_a_limit_that_is_named() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.enqueue("linux").await;
+    for (sql, limit) in [
+        (
+            "INSERT INTO build_queue (builder, priority, reason) VALUES ('linux', 2147483647, repeat('r', 65537))",
+            "at_most_64_kib",
+        ),
+        ("INSERT INTO build_queue (builder, reason) VALUES ('linux', repeat('r', 27000000))", "at_most_64_kib"),
+        ("INSERT INTO builds (builder, reason) VALUES ('linux', repeat('ü', 33000))", "at_most_64_kib"),
+        ("UPDATE build_queue SET reason = repeat('r', 100000) WHERE build_id = 1", "at_most_64_kib"),
+        ("SELECT cancel_build(1, repeat('r', 100000))", "at_most_64_kib"),
+        (
+            "INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', repeat('k', 1001))",
+            "coalesce_key has 1001 bytes; at most 1000",
+        ),
+        ("UPDATE build_queue SET coalesce_key = repeat('k', 9999) WHERE build_id = 1", "coalesce_key has 9999 bytes"),
+        (
+            "INSERT INTO build_queue (builder, needs) SELECT 'linux', array_agg(1) FROM generate_series(1, 100001)",
+            "linux",
+        ),
+        (
+            "INSERT INTO build_queue (builder, properties) VALUES ('linux', jsonb_build_object('a', repeat('p', 2000000)))",
+            "properties_are_at_most_1_mib",
+        ),
+        ("SELECT pause_builder('linux', repeat('r', 100000))", "at_most_64_kib"),
+        ("UPDATE builders SET description = repeat('d', 100000)", "at_most_64_kib"),
+        ("UPDATE builders SET labels = array_fill('label'::text, '{101}')", "labels_and_locks_are_at_most_100_names"),
+        ("INSERT INTO build_subscriptions (address) VALUES (repeat('a', 300) || '@example.org')", "address_looks_like"),
+    ] {
+        if limit == "linux" {
+            // The same need many times is one need.
+            db.execute(sql).await;
+            continue;
+        }
+        let refused = db.refusal(sql).await;
+        assert!(refused.contains(limit), "{sql}: {refused}");
+    }
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM builds WHERE state = 'queued'").await, 2, "nothing half done");
+}
+
+/// The value that a start trips over is in the row itself: a column of one's own, and a trigger that converts it.
+#[tokio::test]
+async fn a_start_that_fails_on_its_rows_own_data_is_charged_and_ends_in_error() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.execute("ALTER TABLE builds ADD COLUMN port text, ADD COLUMN blob text").await;
+    db.execute(
+        "CREATE FUNCTION port() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM NEW.port::integer; RETURN NEW; END';
+         CREATE TRIGGER port BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'running') EXECUTE FUNCTION port();
+         SELECT pause_builder('linux');
+         INSERT INTO build_queue (builder, priority) VALUES ('linux', 2147483647), ('linux', 5), ('linux', 0);
+         UPDATE builds SET port = 'http' WHERE id = 1;
+         UPDATE builds SET blob = repeat('b', 9000000) WHERE id = 2",
+    )
+    .await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.execute("SELECT resume_builder('linux')").await;
+    assert_eq!(db.finished(3).await, "passed", "others pass it");
+    assert_eq!(db.finished(1).await, "error");
+    let detail: String = db.one("SELECT detail FROM builds WHERE id = 1").await;
+    assert!(
+        detail.starts_with("attempt 3 of 3 broke: the database refuses to start it: ") && detail.contains("\"http\""),
+        "{detail}"
+    );
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts WHERE build_id = 1 AND state = 'error'").await, 3);
+    assert_eq!(db.finished(2).await, "error");
+    let detail: String = db.one("SELECT detail FROM builds WHERE id = 2").await;
+    assert!(detail.contains("its row in builds, as JSON, has more than 8 MiB"), "{detail}");
+}
+
+#[tokio::test]
+async fn the_daemons_memory_is_bounded_whatever_a_row_holds() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.execute("ALTER TABLE builds ADD COLUMN blob text; SELECT pause_builder('linux')").await;
+    for (id, size) in [(1, 7_000_000), (2, 100_000_000), (3, 200_000_000), (4, 270_000_000)] {
+        db.enqueue("linux").await;
+        db.execute(&format!("UPDATE builds SET blob = repeat('b', {size}) WHERE id = {id}")).await;
+    }
+    let daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.execute("UPDATE builders SET max_attempts = 1; SELECT resume_builder('linux')").await;
+    db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    assert_eq!(
+        db.all::<String>("SELECT state::text FROM builds ORDER BY id").await,
+        ["passed", "error", "error", "error"]
+    );
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    println!("peak of the daemon: {peak} kB");
+    assert!(peak < 150_000, "{peak} kB");
+}
+
+/// A refusal that is not about the row: the build waits, says why, and holds nobody up.
+#[tokio::test]
+async fn a_start_that_a_trigger_or_a_right_refuses_says_so_and_goes_on_when_it_is_mended() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.execute(NO).await;
+    db.execute("CREATE TRIGGER no BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'running' AND NEW.id = 1) EXECUTE FUNCTION no()").await;
+    let mut daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
+    db.enqueue("linux").await;
+    db.wait("SELECT waiting_because LIKE 'the database refuses to start it: %not on a %day%' FROM queue_status WHERE build_id = 1").await;
+    let other = db.enqueue("linux").await;
+    assert_eq!(db.finished(other).await, "passed");
+    for _ in 0..5 {
+        let n = db.enqueue("linux").await;
+        db.finished(n).await;
+    }
+    assert_eq!(daemon.times_said("does not start: the database refuses"), 1, "once, not each second");
+    db.execute("DROP TRIGGER no ON builds").await;
+    assert_eq!(db.finished(1).await, "passed");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_result_that_is_refused_is_said_and_recorded_once_it_is_allowed() {
+    for refuse in [
+        "CREATE TRIGGER no BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'passed') EXECUTE FUNCTION no()",
+        "ALTER TABLE builds ADD CONSTRAINT nothing_passes_on_a_day CHECK (state <> 'passed')",
+    ] {
+        let db = Db::new().await;
+        let folder = temp_dir();
+        db.builder("linux", &format!("echo ran >> {}", folder.path().join("ran").display())).await;
+        db.builder("bad", "exit 1").await;
+        db.execute(NO).await;
+        db.execute(refuse).await;
+        let short = [
+            ("BUILDREACTOR_LEASE_PING", "100ms"),
+            ("BUILDREACTOR_LEASE_LEASE", "1s"),
+            ("BUILDREACTOR_LEASE_GRACE", "12s"),
+        ];
+        let mut daemon = Daemon::start(&db, "w", &short).await;
+        let _other =
+            Daemon::start(&db, "other", &[short.as_slice(), &[("BUILDREACTOR_WORKER_BUILDERS", "bad")]].concat())
+                .await;
+        let build = db.enqueue("linux").await;
+        db.wait(
+            "SELECT detail LIKE 'its result, passed, cannot be recorded yet: %' AND detail ~ 'day' FROM running_builds",
+        )
+        .await;
+        let bad = db.enqueue("bad").await;
+        assert_eq!(db.finished(bad).await, "failed", "others are recorded");
+        // For longer than another worker would wait for a claim that is lost.
+        db.wait("SELECT clock_timestamp() - started_at > interval '15 s' FROM builds WHERE id = 1").await;
+        assert!(db.one::<bool>(&format!("SELECT claim_held FROM running_builds WHERE build_id = {build}")).await);
+        assert!(daemon.times_said("cannot be recorded yet") <= 2, "not each second");
+        db.execute(
+            "DROP TRIGGER IF EXISTS no ON builds; ALTER TABLE builds DROP CONSTRAINT IF EXISTS nothing_passes_on_a_day",
+        )
+        .await;
+        assert_eq!(db.finished(build).await, "passed");
+        assert_eq!(db.one::<Option<String>>("SELECT detail FROM builds WHERE id = 1").await, None);
+        assert_eq!(std::fs::read_to_string(folder.path().join("ran")).unwrap(), "ran\n", "it ran once");
+        daemon.stop().await;
+    }
+}
+
+/// In a trigger of somebody's own a statement means what it means in psql.
+#[tokio::test]
+async fn a_statement_in_a_trigger_of_ones_own_is_checked_as_in_psql() {
+    let db = Db::new().await;
+    let folder = temp_dir();
+    let gate = folder.path().join("gate");
+    db.builder("linux", &format!("while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await;
+    let mut daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let running = db.enqueue("linux").await;
+    db.wait("SELECT count(*) = 1 FROM running_builds").await;
+    db.execute("SELECT pause_builder('linux'); INSERT INTO build_queue (builder) VALUES ('linux'), ('linux')").await;
+    db.execute(
+        "CREATE TABLE wishes (wish text);
+         CREATE FUNCTION grant_it() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN EXECUTE NEW.wish; RETURN NEW; END';
+         CREATE TRIGGER grant_it AFTER INSERT ON wishes FOR EACH ROW EXECUTE FUNCTION grant_it();
+         CREATE TABLE dreams (wish text);
+         CREATE TRIGGER grant_it AFTER INSERT ON dreams FOR EACH ROW EXECUTE FUNCTION grant_it()",
+    )
+    .await;
+    for (wish, refusal) in [
+        (format!("DELETE FROM build_queue WHERE build_id = {running}"), "is running"),
+        (format!("UPDATE build_queue SET priority = 5 WHERE build_id = {running}"), "is running"),
+        ("UPDATE build_queue SET needs = '{99}' WHERE build_id = 2".to_owned(), "there is no build 99"),
+        ("UPDATE build_queue SET needs = '{2}' WHERE build_id = 2".to_owned(), "needs go round in a circle"),
+        ("INSERT INTO builds (builder, state, queued_at) VALUES ('linux', 'queued', now())".to_owned(), "a new row of builds cannot be queued"),
+        // A mark that anybody can set is none, and one more level changes nothing.
+        (
+            "SELECT set_config('buildreactor.queueing', 'no', true); INSERT INTO builds (builder, state, queued_at) VALUES ('linux', 'queued', now())".to_owned(),
+            "a new row of builds cannot be queued",
+        ),
+        (format!("INSERT INTO dreams VALUES ('DELETE FROM build_queue WHERE build_id = {running}')"), "is running"),
+    ] {
+        let began = std::time::Instant::now();
+        let refused = db.refusal(&format!("INSERT INTO wishes VALUES ($${wish}$$)")).await;
+        assert!(refused.contains(refusal), "{wish}: {refused}");
+        assert!(began.elapsed() < std::time::Duration::from_secs(20), "{wish}");
+    }
+    // Inside a worker's own session as well: what a trigger of builds does when a build ends.
+    db.execute(
+        "CREATE FUNCTION next() RETURNS trigger LANGUAGE plpgsql SET search_path = public AS
+             'BEGIN DELETE FROM build_queue WHERE build_id = 2; INSERT INTO build_queue (builder) VALUES (''linux''); RETURN NEW; END';
+         CREATE TRIGGER next AFTER UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'passed' AND NEW.id = 1) EXECUTE FUNCTION next()",
+    )
+    .await;
+    std::fs::write(&gate, "").unwrap();
+    assert_eq!(db.finished(running).await, "passed");
+    assert_eq!(db.one::<String>("SELECT state::text FROM builds WHERE id = 2").await, "cancelled");
+    assert_eq!(db.one::<String>("SELECT current_setting('lock_timeout')").await, "0");
+    db.execute("SELECT resume_builder('linux')").await;
+    db.wait("SELECT count(*) = 0 FROM build_queue").await;
+    daemon.stop().await;
+}
