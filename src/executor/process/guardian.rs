@@ -24,7 +24,7 @@ use super::fork::with_no_signal_blocked;
 use super::namespace::{Namespace, Told};
 use super::notes::Notes;
 use super::protocol::{End, Spec, Status};
-use super::tree::{descendants, left_for_good, signal_descendants};
+use super::tree::{left_for_good, signal_descendants};
 use crate::clock::boottime;
 use crate::logs::file::OutputWriter;
 
@@ -173,7 +173,7 @@ impl<'a> Guardian<'a> {
                 && boottime().saturating_sub(since) > GIVE_UP
             {
                 // What can be killed will be gone, however slow the machine; nobody is told before.
-                let left = left_for_good(&descendants(getpid()));
+                let left = left_for_good(getpid());
                 if !left.is_empty() {
                     break u32::try_from(left.len()).unwrap_or(u32::MAX);
                 }

@@ -31,7 +31,7 @@ use super::guardian::{KILL_NOW, LEASE_OVER, STATUS, STOP, guard, leave_status};
 use super::namespace;
 use super::notes::Notes;
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
-use super::tree::descendants_beside;
+use super::tree::{descendants_beside, signal_listed};
 use crate::clock::boottime;
 
 /// Name of the lock file in the worker's folder; it holds the keeper's process id.
@@ -84,6 +84,13 @@ struct Guardian {
     until: Duration,
     /// Told that the lease is over, and when to be harder.
     over: Option<Duration>,
+}
+
+/// Signals a guardian by its number, which nobody else can have: it is our child, and we are the only ones to wait for it. `reap` takes
+/// it from the list when it does.
+fn signal_guardian(pid: Pid, signal: Signal) {
+    // Fails for one that has ended and is a zombie until `reap` comes to it.
+    let _ended = kill(pid, signal);
 }
 
 /// The connection to a daemon. Never waited for: a stopped daemon must not keep the keeper from its leases.
@@ -250,7 +257,7 @@ impl Keeper {
             Ok(ToKeeper::Start(spec)) => self.start(&spec),
             Ok(ToKeeper::Stop { id }) => {
                 if let Some((pid, _)) = self.guardians.iter().find(|(_, guardian)| guardian.id == id) {
-                    let _gone = kill(*pid, STOP);
+                    signal_guardian(*pid, STOP);
                 }
             }
             Ok(ToKeeper::Renew { id, until_ms }) => {
@@ -305,12 +312,12 @@ impl Keeper {
         for (pid, guardian) in &mut self.guardians {
             match guardian.over {
                 None if now >= guardian.until => {
-                    let _gone = kill(*pid, LEASE_OVER);
+                    signal_guardian(*pid, LEASE_OVER);
                     guardian.over = Some(now + IMPATIENCE);
                 }
                 // It is stopped, or stuck. Its tree falls to us, and `reap` deals with it.
                 Some(at) if now >= at => {
-                    let _gone = kill(*pid, Signal::SIGKILL);
+                    signal_guardian(*pid, Signal::SIGKILL);
                     guardian.over = Some(now + AGAIN);
                 }
                 None | Some(_) => {}
@@ -366,12 +373,11 @@ impl Keeper {
                 return 0;
             }
             left = orphans.len();
-            for pid in &orphans {
-                let _gone = kill(*pid, Signal::SIGKILL);
-            }
-            // Reaped here: a zombie of ours still counts as a descendant. Guardians among them are ours to tell of.
-            for pid in orphans {
-                if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
+            // Who cannot be signalled is counted as left.
+            let _sent = signal_listed(getpid(), &mine, &orphans, Signal::SIGKILL, |_| true);
+            // Reaped here: a zombie of ours still counts as a descendant. Guardians are in `mine`, and not among them.
+            for orphan in orphans {
+                if let Some(pid) = rustix::process::Pid::from_raw(orphan.pid.as_raw()) {
                     let _reaped = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
                 }
             }
