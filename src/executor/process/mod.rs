@@ -7,6 +7,7 @@ mod guardian;
 pub mod keeper;
 mod namespace;
 mod notes;
+mod peer;
 mod protocol;
 mod tree;
 

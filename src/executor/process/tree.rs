@@ -223,6 +223,20 @@ pub fn left_for_good(root: Pid) -> Vec<Pid> {
     theirs
 }
 
+/// Whether `pid` descends from `root`. What cannot be seen (hidepid) does not.
+pub fn is_below(root: Pid, pid: Pid) -> bool {
+    let mut at = pid.as_raw();
+    // More than there can be: a number that changes hands meanwhile could lead round and round.
+    for _ in 0..1 << 22 {
+        match parent_of(at) {
+            Some(parent) if parent == root.as_raw() => return true,
+            Some(parent) if parent > 0 => at = parent,
+            Some(_) | None => return false,
+        }
+    }
+    false
+}
+
 /// Dead in all its threads, and not yet waited for. What cannot be seen (another user's, where /proc hides those) is not taken for dead.
 fn is_dead(pid: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
