@@ -22,6 +22,7 @@ mod queue;
 mod random;
 mod retention;
 mod schedules;
+mod secrets;
 mod sql;
 mod structure;
 mod support;

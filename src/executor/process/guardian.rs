@@ -27,6 +27,7 @@ use super::protocol::{End, Spec, Status};
 use super::tree::{left_for_good, signal_descendants};
 use crate::clock::boottime;
 use crate::logs::file::OutputWriter;
+use crate::logs::private;
 
 /// What a guardian gets when its keeper dies (`PR_SET_PDEATHSIG`): it kills its tree at once.
 pub const KILL_NOW: Signal = Signal::SIGUSR1;
@@ -401,6 +402,6 @@ fn blame_first_line(script: &Path) -> Option<String> {
 pub fn leave_status(dir: &Path, status: &Status) -> std::io::Result<()> {
     let text = serde_json::to_vec(status)?;
     let new = dir.join("status.json.new");
-    std::fs::write(&new, text)?;
+    private::write(&new, &text)?;
     std::fs::rename(new, dir.join(STATUS))
 }
