@@ -362,6 +362,7 @@ impl Stage {
     /// Stops the worker and its builds, and waits for it. Comes back with its log.
     async fn stop_worker(&mut self) -> String {
         if let Some(mut worker) = self.worker.take() {
+            // There is an id as long as nobody has waited for it, and until then the number is its own.
             if let Some(pid) = worker.id().and_then(|id| i32::try_from(id).ok())
                 && let Err(error) = kill(Pid::from_raw(pid), Signal::SIGINT)
             {

@@ -2,6 +2,7 @@
 
 mod check;
 mod demo;
+mod hidden;
 mod log;
 mod migrate;
 mod run;
@@ -96,10 +97,19 @@ mod exit {
 
 /// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    // Nobody of the same user may look into our memory, open files and environment, or attach to us. Children are as usual from their
+    // exec on; the keeper does this again.
+    let _dumpable = nix::sys::prctl::set_dumpable(false);
+    let line = hidden::CommandLine::take();
+    let arguments = Arguments::parse_from(&line.arguments);
     // Before anything else has threads: the keeper forks.
     if let Command::Keeper { dir } = &arguments.command {
         return crate::executor::process::keeper::keep(dir);
+    }
+    if let Command::Run(_) = arguments.command
+        && let Err(error) = line.hide()
+    {
+        eprintln!("buildreactor: the environment that I was started with stays in sight of root's processes: {error}");
     }
     match start_log(&arguments).and_then(|()| dispatch(arguments)) {
         Ok(code) => code,

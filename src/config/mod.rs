@@ -167,6 +167,18 @@ pub fn environment() -> Vec<(String, String)> {
         .collect()
 }
 
+/// Takes from a command what says where the database is, and what may hold a password: of another program a build may read the
+/// environment (`/proc/PID/environ`).
+pub fn without_secrets(command: &mut std::process::Command) -> &mut std::process::Command {
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("BUILDREACTOR_") || text.starts_with("PG") || text == "DATABASE_URL" {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
 impl fmt::Debug for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let url = self.url.as_ref().map(|_| "<hidden>");

@@ -40,16 +40,11 @@ impl Account {
         Ok(Account { name: user.name, uid: user.uid.as_raw(), gid: user.gid.as_raw(), other: true })
     }
 
-    /// A command run by this user, from `/` (our own working folder may be closed to it), in English, and without
+    /// A command run by this user, from `/` (our own working folder may be closed to it), in English, without our passwords, and without
     /// the `PG*` variables that would lead a server or `initdb` elsewhere.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
-        command.current_dir("/").env("LC_ALL", "C");
-        for (name, _) in std::env::vars_os() {
-            if name.as_encoded_bytes().starts_with(b"PG") {
-                command.env_remove(name);
-            }
-        }
+        crate::config::without_secrets(&mut command).current_dir("/").env("LC_ALL", "C");
         if self.other {
             // std also drops our supplementary groups when it changes the user.
             command.uid(self.uid).gid(self.gid);

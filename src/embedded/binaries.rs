@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::error::EmbeddedError;
+use crate::config::without_secrets;
 
 /// Names the folder to look in first.
 const VARIABLE: &str = "BUILDREACTOR_PG_BIN";
@@ -47,7 +48,7 @@ impl Binaries {
             }
         }
         // Asking for the version is the one thing `postgres` does for root too.
-        let output = Command::new(dir.join("postgres"))
+        let output = without_secrets(&mut Command::new(dir.join("postgres")))
             .arg("--version")
             .stdin(Stdio::null())
             .output()
@@ -172,7 +173,8 @@ impl Places {
     fn pg_config(&self) -> Option<PathBuf> {
         let program =
             std::env::split_paths(&self.path).map(|dir| dir.join("pg_config")).find(|program| program.is_file())?;
-        let output = Command::new(program).arg("--bindir").stdin(Stdio::null()).output().ok()?;
+        let mut command = Command::new(program);
+        let output = without_secrets(&mut command).arg("--bindir").stdin(Stdio::null()).output().ok()?;
         let dir = String::from_utf8(output.stdout).ok()?;
         Some(PathBuf::from(dir.trim())).filter(|dir| dir.is_absolute())
     }

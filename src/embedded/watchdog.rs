@@ -27,8 +27,11 @@ use super::StopMode;
 const SCRIPT: &str = r#"
 folder=$1 log=$2 data=$3 run=$4 initdb=$5 option=$6  # folder: to remove in the end, or empty
 shift 6                                              # left: postgres and its arguments
-pid= gone= keep=
-trap '[ -z "$pid" ] || kill -INT "$pid" 2>/dev/null; gone=1' TERM INT HUP  # INT: PostgreSQL's fast shutdown
+pid= born= gone= keep=
+birth() { read -r stat <"/proc/$1/stat" && stat=${stat##*) } && set -- $stat && echo "${20}"; } 2>/dev/null  # proc(5): starttime
+hit() { [ "$(birth "$2")" = "$3" ] && kill "-$1" "$2" 2>/dev/null; }  # not who has the number by now
+shell=$(birth $$)
+trap '[ -z "$pid" ] || hit INT "$pid" "$born"; gone=1' TERM INT HUP  # INT: PostgreSQL's fast shutdown
 trap keep=1 USR1
 trap gone=1 USR2
 umask 077
@@ -45,6 +48,7 @@ serve() {
 }
 serve "$@" 3<&- 4>&- 5<&- &
 pid=$!
+born=$(birth "$pid")
 [ -z "$gone" ] || kill -INT "$pid"
 echo "$pid" >&4
 exec 4>&-
@@ -53,18 +57,18 @@ exec 4>&-
     trap '' TERM INT
     while read -r signal after; do
         case $after in
-        keep) keep=1; kill -USR1 $$ ;;
-        *) kill -USR2 $$ ;;
+        keep) keep=1; hit USR1 $$ "$shell" ;;
+        *) hit USR2 $$ "$shell" ;;
         esac
-        kill -"$signal" "$pid" 2>/dev/null  # it may have crashed
+        hit "$signal" "$pid" "$born"  # it may have crashed
     done
-    while kill -TERM $$ || kill -INT "$pid"; do sleep 1; done 2>/dev/null
+    while hit TERM $$ "$shell" || hit INT "$pid" "$born"; do sleep 1; done
     [ -n "$keep" ] || [ -z "$folder" ] || rm -rf "$folder"
 ) <&3 &
 reader=$!
 exec 3<&-
 
-while wait "$pid"; status=$?; kill -0 "$pid" 2>/dev/null; do :; done  # a trap ends wait early
+while wait "$pid"; status=$?; hit 0 "$pid" "$born"; do :; done  # a trap ends wait early
 [ -n "$gone$keep" ] || wait "$reader"
 [ -n "$keep" ] || [ -z "$folder" ] || rm -rf "$folder"
 trap '' USR2
@@ -185,4 +189,28 @@ pub(super) fn is_alive(pid: i32) -> bool {
 /// Between two looks at something only looking can tell. Sleeps the thread: this room is synchronous.
 pub(super) fn pause() {
     std::thread::sleep(Duration::from_millis(5));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_somebody_elses_by_now_takes_no_signal() {
+        let functions: Vec<&str> =
+            SCRIPT.lines().filter(|line| line.starts_with("birth()") || line.starts_with("hit()")).collect();
+        assert_eq!(functions.len(), 2);
+        let run = |order: &str| {
+            let script = format!("{}\n{order}", functions.join("\n"));
+            Command::new("sh").args(["-c", &script]).status().unwrap().success()
+        };
+        let mut process = Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = process.id();
+        assert!(!run(&format!("hit KILL {pid} 1")) && !run(&format!("hit KILL {pid} ''")));
+        assert!(!run(&format!("born=$(birth $$); hit KILL {pid} \"$born\"")));
+        assert!(process.try_wait().unwrap().is_none(), "it was not the one");
+        assert!(run(&format!("hit 0 {pid} \"$(birth {pid})\" && hit KILL {pid} \"$(birth {pid})\"")));
+        assert!(!process.wait().unwrap().success());
+        assert!(!run(&format!("hit 0 {pid} 1")));
+    }
 }

@@ -41,7 +41,7 @@ impl OutputWriter {
     }
 
     fn open(&mut self, name: String) {
-        match OpenOptions::new().create(true).append(true).open(self.dir.join(name)) {
+        match super::private::open(OpenOptions::new().create(true).append(true), &self.dir.join(name)) {
             Ok(file) => self.file = Some(file),
             Err(error) => self.fail(&error),
         }

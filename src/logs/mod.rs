@@ -3,6 +3,7 @@
 
 pub mod file;
 mod pieces;
+pub mod private;
 
 use std::path::PathBuf;
 use std::time::Duration;

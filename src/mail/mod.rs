@@ -190,7 +190,9 @@ async fn write_file(folder: &Path, letter: &Letter) -> std::io::Result<()> {
 /// Exit codes are those of sysexits(3).
 async fn sendmail(program: &Path, limit: Duration, letter: &Letter) -> Result<(), Failure> {
     let unreachable = |what: String| Failure::Unreachable(format!("`{}`: {what}", program.display()));
-    let mut child = tokio::process::Command::new(program)
+    let mut command = tokio::process::Command::new(program);
+    crate::config::without_secrets(command.as_std_mut());
+    let mut child = command
         .args(["-i", "-f", letter.from.as_ref(), "--", letter.to.as_ref()])
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::null())

@@ -3,7 +3,10 @@
 /// Why nothing should be claimed: less than `wanted` bytes free where builds write.
 pub fn short_of_disk(folder: &std::path::Path, wanted: u64) -> Option<String> {
     const MIB: u64 = 1 << 20;
+    // Somebody may have removed it under us.
+    let made = || std::fs::create_dir_all(folder).is_ok();
     let free = match nix::sys::statvfs::statvfs(folder) {
+        Err(nix::errno::Errno::ENOENT) if made() => return short_of_disk(folder, wanted),
         Ok(stat) => stat.blocks_available() * stat.fragment_size(),
         Err(error) => return Some(format!("cannot look at `{}`: {error}", folder.display())),
     };

@@ -383,7 +383,7 @@ async fn a_sendmail_program_does_as_well() {
     let folder = temp_dir();
     let at = |name: &str| folder.path().join(name);
     let script = format!(
-        "#!/bin/sh\ncat > '{0}/letter'\necho \"$@\" > '{0}/arguments'\nif read code < '{0}/code'; then rm '{0}/code'; echo 'sorry, really' >&2; exit $code; fi\nmv '{0}/letter' '{0}/sent'\n",
+        "#!/bin/sh\nenv > '{0}/environment'\ncat > '{0}/letter'\necho \"$@\" > '{0}/arguments'\nif read code < '{0}/code'; then rm '{0}/code'; echo 'sorry, really' >&2; exit $code; fi\nmv '{0}/letter' '{0}/sent'\n",
         folder.path().display()
     );
     std::fs::write(at("sendmail"), script).unwrap();
@@ -391,6 +391,8 @@ async fn a_sendmail_program_does_as_well() {
     let env = [
         ("BUILDREACTOR_MAIL_URL", format!("sendmail:{}", at("sendmail").display())),
         ("BUILDREACTOR_MAIL_FROM", "builds@example.org".to_owned()),
+        ("PGPASSWORD", "sesame".to_owned()),
+        ("BUILDREACTOR_MAIL_PASSWORD", "sesame".to_owned()),
     ];
     let _daemon = start(&db, &env).await;
     for (code, state) in [("75", "waiting"), ("67", "parked")] {
@@ -404,6 +406,8 @@ async fn a_sendmail_program_does_as_well() {
     build(&db, "linux", PASS).await;
     db.wait("SELECT state = 'sent' FROM build_mail ORDER BY id DESC LIMIT 1").await;
     assert_eq!(std::fs::read_to_string(at("arguments")).unwrap().trim(), "-i -f builds@example.org -- ann@example.org");
+    let environment = std::fs::read_to_string(at("environment")).unwrap();
+    assert!(environment.contains("PATH=") && !environment.contains("sesame"), "{environment}");
     let letter = std::fs::read(at("sent")).unwrap();
     assert!(!letter.contains(&b'\r'));
     assert_eq!(MessageParser::default().parse(&letter).unwrap().subject(), Some("[builds] linux #3 PASSED"));

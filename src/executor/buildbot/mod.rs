@@ -29,6 +29,7 @@ use self::output::Output;
 use super::{Begin, Executor, Ready, Running, Tether};
 use crate::config;
 use crate::logs::file::OutputWriter;
+use crate::logs::private;
 use crate::model::{BuildId, Builder, Ended, Job, Outcome, clean_line};
 
 /// How long a builder is left alone that the master has refused to start, the first time and at most.
@@ -274,8 +275,8 @@ fn prepare(dir: &Path, target: &Target) -> io::Result<()> {
     if dir.exists() {
         std::fs::remove_dir_all(dir)?;
     }
-    std::fs::create_dir_all(dir)?;
-    std::fs::write(dir.join(TARGET), serde_json::to_string(target)?)
+    private::make_dir(dir)?;
+    private::write(&dir.join(TARGET), &serde_json::to_vec(target)?)
 }
 
 fn read_target(dir: &Path) -> Option<Target> {

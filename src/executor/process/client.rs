@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{File, TryLockError};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,7 +21,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::RECORDED;
 use super::guardian::STATUS;
-use super::keeper::{LOCK, SOCKET};
+use super::keeper::{LOCK, program};
+use super::peer::{self, DAEMON, KEEPER, Mark, SOCKET, is_at, own_file};
 use super::protocol::{FromKeeper, Spec, Status, ToKeeper, VERSION};
 use crate::executor::Tether;
 
@@ -30,6 +31,8 @@ const ONLY: &str = "daemon.lock";
 
 /// How long processes of earlier attempts may take to die before somebody is told.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a keeper may take to put its socket right, if somebody has removed it.
+const FOUND: Duration = Duration::from_secs(4);
 /// How long a keeper may take to say hello.
 const HELLO: Duration = Duration::from_secs(10);
 
@@ -50,8 +53,14 @@ pub struct KeeperClient {
     dir: PathBuf,
     live: Mutex<Option<Live>>,
     no_namespace: std::sync::Mutex<Option<String>>,
-    /// Held for the life of this daemon: one of them a folder.
-    _only: File,
+    seat: std::sync::Mutex<Seat>,
+}
+
+/// Held for the life of this daemon: one of them a folder.
+struct Seat {
+    lock: File,
+    /// By this the keeper knows the daemon.
+    mark: Mark,
 }
 
 struct Live {
@@ -64,6 +73,22 @@ struct Live {
     reader: AbortOnDropHandle<()>,
 }
 
+impl Seat {
+    fn take(dir: &Path) -> io::Result<Seat> {
+        let lock = only_daemon(dir)?;
+        Ok(Seat { lock, mark: Mark::put(&dir.join(DAEMON))? })
+    }
+
+    /// Takes it again in a folder that was made anew.
+    fn keep(&mut self, dir: &Path) -> io::Result<()> {
+        if !is_at(&dir.join(ONLY), &self.lock)? {
+            std::fs::create_dir_all(dir)?;
+            self.lock = only_daemon(dir)?;
+        }
+        self.mark.put_right()
+    }
+}
+
 impl KeeperClient {
     /// For the keeper of the worker's folder `dir`: the one that is there, or a new one.
     ///
@@ -73,16 +98,17 @@ impl KeeperClient {
     /// # Cancel safety
     /// Safe; a keeper that was started leaves by itself.
     pub async fn new(dir: &Path) -> io::Result<KeeperClient> {
-        let only = only_daemon(dir)?;
         let client = KeeperClient {
             dir: dir.to_owned(),
             live: Mutex::new(None),
             no_namespace: std::sync::Mutex::new(None),
-            _only: only,
+            seat: std::sync::Mutex::new(Seat::take(dir)?),
         };
+        let aside = dir.to_owned();
+        tokio::task::spawn_blocking(move || peer::remove_aside(&aside));
         {
             let mut live = client.live.lock().await;
-            if let Some(found) = find(dir).await {
+            if let Some(found) = find(dir, &client.seat).await {
                 let running = lock(&found.attempts).len();
                 tracing::info!(running, "found the keeper of an earlier daemon");
                 *live = Some(found);
@@ -112,6 +138,7 @@ impl KeeperClient {
             if let Some(gone) = live.take() {
                 let _ended = gone.reader.await;
             }
+            lock(&self.seat).keep(&self.dir)?;
             let keeper = start(&self.dir).await?;
             lock(&self.no_namespace).clone_from(&keeper.no_namespace);
             *live = Some(keeper);
@@ -232,7 +259,12 @@ pub(super) fn left(dir: &Path) -> Option<Status> {
 fn only_daemon(dir: &Path) -> io::Result<File> {
     let path = dir.join(ONLY);
     // Readable for nobody else, who could take the lock (flock(2)).
-    let mut file = File::options().create(true).truncate(false).write(true).read(true).mode(0o600).open(&path)?;
+    let mut file = own_file(&path)?;
+    if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && peer::is_held_by_a_build(&file, &dir.join(KEEPER)) {
+        tracing::warn!("a build holds `{}`; replacing it", path.display());
+        std::fs::remove_file(&path)?;
+        file = own_file(&path)?;
+    }
     if let Err(error) = file.try_lock() {
         if let TryLockError::Error(error) = error {
             return Err(io::Error::new(error.kind(), format!("lock `{}`: {error}", path.display())));
@@ -250,10 +282,9 @@ fn only_daemon(dir: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Blocks until no keeper or guardian of an earlier daemon on this folder is left: each of them holds the lock, and ends only
+/// Blocks until no keeper or guardian of an earlier daemon on this folder is left: each of them holds the lock `file`, and ends only
 /// when its tree is gone.
-fn wait_for_earlier(dir: &Path) -> io::Result<()> {
-    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK))?;
+fn wait_for_earlier(file: &File, dir: &Path) -> io::Result<()> {
     let began = Instant::now();
     while let Err(error) = file.try_lock() {
         if let TryLockError::Error(error) = error {
@@ -261,7 +292,7 @@ fn wait_for_earlier(dir: &Path) -> io::Result<()> {
         }
         if began.elapsed() > PATIENCE {
             let text = format!(
-                "processes of earlier builds do not die: `fuser {}/{LOCK}` shows who still holds its lock",
+                "processes of earlier builds do not die: as root, `fuser {}/{LOCK}` shows who still holds its lock",
                 dir.display()
             );
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
@@ -272,18 +303,41 @@ fn wait_for_earlier(dir: &Path) -> io::Result<()> {
 }
 
 /// The keeper that an earlier daemon left. `None`: there is none, or it cannot be talked to; its leases end by themselves.
-async fn find(dir: &Path) -> Option<Live> {
-    // The path of a socket is short (unix(7)), a folder's may be long.
-    let folder = File::open(dir).ok()?;
-    let path = format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd());
-    let stream = UnixStream::connect(path).await.ok()?;
-    match connect(dir, stream).await {
-        Ok(live) => Some(live),
-        Err(error) => {
-            tracing::warn!("the keeper of an earlier daemon cannot be used: {error}");
-            None
+async fn find(dir: &Path, seat: &std::sync::Mutex<Seat>) -> Option<Live> {
+    let began = Instant::now();
+    loop {
+        let error = match call(dir).await {
+            Ok(live) => return Some(live),
+            Err(error) => error,
+        };
+        // Somebody may have put something else in its place, or in place of what the keeper knows us by. It puts its own right.
+        if lock(seat).keep(dir).is_err() || own_file(&dir.join(LOCK)).is_ok_and(|file| file.try_lock().is_ok()) {
+            return None;
         }
+        if began.elapsed() > FOUND {
+            tracing::warn!("the keeper of an earlier daemon cannot be used: {error}");
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+async fn call(dir: &Path) -> io::Result<Live> {
+    // A link would lead elsewhere.
+    if !std::fs::symlink_metadata(dir.join(SOCKET))?.file_type().is_socket() {
+        return Err(io::Error::other(format!("`{}` is no socket", dir.join(SOCKET).display())));
+    }
+    // The path of a socket is short (unix(7)), a folder's may be long.
+    let folder = File::open(dir)?;
+    let path = format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd());
+    // Waits for its turn, where many call.
+    let called = tokio::task::spawn_blocking(move || std::os::unix::net::UnixStream::connect(path));
+    let called = tokio::time::timeout(HELLO, called).await.map_err(|_| io::ErrorKind::TimedOut)?;
+    let stream = called.map_err(io::Error::other)??;
+    stream.set_nonblocking(true)?;
+    let stream = UnixStream::from_std(stream)?;
+    peer::check(&stream, &dir.join(KEEPER)).map_err(|who| io::Error::other(format!("who answers is not it: {who}")))?;
+    connect(dir, stream).await
 }
 
 async fn start(dir: &Path) -> io::Result<Live> {
@@ -294,11 +348,15 @@ async fn start(dir: &Path) -> io::Result<Live> {
 }
 
 async fn connect(dir: &Path, stream: UnixStream) -> io::Result<Live> {
+    // What it holds, wherever the folder is by the time it ends.
+    let held = own_file(&dir.join(LOCK))?;
     let (reader, mut orders) = stream.into_split();
     let mut lines = BufReader::new(reader).lines();
     let first = tokio::time::timeout(HELLO, lines.next_line()).await.map_err(|_| io::ErrorKind::TimedOut)??;
-    let (version, pid, running, no_namespace) = match first.as_deref().map(serde_json::from_str) {
-        Some(Ok(FromKeeper::Hello { version, pid, running, no_namespace })) => (version, pid, running, no_namespace),
+    let (version, running, no_namespace, theirs) = match first.as_deref().map(serde_json::from_str) {
+        Some(Ok(FromKeeper::Hello { version, running, no_namespace, program, .. })) => {
+            (version, running, no_namespace, program)
+        }
         Some(Ok(FromKeeper::Ended { .. }) | Err(_)) | None => {
             return Err(io::Error::other(
                 "the keeper ended; its reason is on the standard error of the daemon that started it",
@@ -313,18 +371,18 @@ async fn connect(dir: &Path, stream: UnixStream) -> io::Result<Live> {
     let attempts = Attempts::default();
     lock(&attempts).extend(running.into_iter().map(|id| (id, Known::Found)));
     let gone = CancellationToken::new();
-    let reader = crate::tasks::spawn(listen(lines, Arc::clone(&attempts), gone.clone(), dir.to_owned()));
-    Ok(Live { orders, attempts, gone, no_namespace, outdated: !is_this_program(pid), reader })
-}
-
-/// Whether a process runs the same file as this one. A file that was replaced is another one.
-fn is_this_program(pid: i32) -> bool {
-    let file = |path: String| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    file(format!("/proc/{pid}/exe")) == file("/proc/self/exe".to_owned())
+    let reader = crate::tasks::spawn(listen(lines, Arc::clone(&attempts), gone.clone(), (held, dir.to_owned())));
+    Ok(Live { orders, attempts, gone, no_namespace, outdated: theirs != program(), reader })
 }
 
 /// Hears how attempts end, until the keeper is gone.
-async fn listen(mut lines: Lines<BufReader<OwnedReadHalf>>, attempts: Attempts, gone: CancellationToken, dir: PathBuf) {
+async fn listen(
+    mut lines: Lines<BufReader<OwnedReadHalf>>,
+    attempts: Attempts,
+    gone: CancellationToken,
+    held: (File, PathBuf),
+) {
+    let held = Arc::new(held);
     while let Ok(Some(line)) = lines.next_line().await {
         match serde_json::from_str(&line) {
             Ok(FromKeeper::Ended { id, status }) => {
@@ -345,8 +403,8 @@ async fn listen(mut lines: Lines<BufReader<OwnedReadHalf>>, attempts: Attempts, 
     gone.cancel();
     // Its guardians are killing their trees now. Nobody is told of an end before they are done.
     loop {
-        let folder = dir.clone();
-        match tokio::task::spawn_blocking(move || wait_for_earlier(&folder)).await {
+        let held = Arc::clone(&held);
+        match tokio::task::spawn_blocking(move || wait_for_earlier(&held.0, &held.1)).await {
             Ok(Ok(())) | Err(_) => break,
             Ok(Err(error)) => tracing::error!("the keeper is gone, and its builds cannot be given up yet: {error}"),
         }
@@ -356,7 +414,7 @@ async fn listen(mut lines: Lines<BufReader<OwnedReadHalf>>, attempts: Attempts, 
 }
 
 fn spawn(dir: &Path) -> io::Result<std::os::unix::net::UnixStream> {
-    wait_for_earlier(dir)?;
+    wait_for_earlier(&own_file(&dir.join(LOCK))?, dir)?;
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
     command

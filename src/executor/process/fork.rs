@@ -1,4 +1,4 @@
-//! The one place with `unsafe`: fork, and what happens between fork and exec.
+//! The one place with `unsafe`: fork, what happens between fork and exec, and what a program may do while it has one thread.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -40,6 +40,18 @@ pub fn close_inherited() {
             // SAFETY: nothing in this program has opened it, so nothing uses it, or closes it a second time.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
+    }
+}
+
+/// Sets variables of the environment. At the start of a program alone, which has one thread then; does nothing later.
+#[expect(unsafe_code, reason = "the environment of a single-threaded process; checked here")]
+pub fn set_environment(variables: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>) {
+    let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count).unwrap_or(0);
+    // Such a name cannot be set, and nobody can ask for it.
+    let can_be = |name: &std::ffi::OsString| !name.is_empty() && !name.as_encoded_bytes().contains(&b'=');
+    for (name, value) in variables.filter(|(name, _)| threads == 1 && can_be(name)) {
+        // SAFETY: this process has one thread, so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var(name, value) };
     }
 }
 

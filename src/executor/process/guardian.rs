@@ -24,9 +24,10 @@ use super::fork::with_no_signal_blocked;
 use super::namespace::{Namespace, Told};
 use super::notes::Notes;
 use super::protocol::{End, Spec, Status};
-use super::tree::{descendants, left_for_good, signal_descendants};
+use super::tree::{left_for_good, signal_descendants};
 use crate::clock::boottime;
 use crate::logs::file::OutputWriter;
+use crate::logs::private;
 
 /// What a guardian gets when its keeper dies (`PR_SET_PDEATHSIG`): it kills its tree at once.
 pub const KILL_NOW: Signal = Signal::SIGUSR1;
@@ -173,7 +174,7 @@ impl<'a> Guardian<'a> {
                 && boottime().saturating_sub(since) > GIVE_UP
             {
                 // What can be killed will be gone, however slow the machine; nobody is told before.
-                let left = left_for_good(&descendants(getpid()));
+                let left = left_for_good(getpid());
                 if !left.is_empty() {
                     break u32::try_from(left.len()).unwrap_or(u32::MAX);
                 }
@@ -401,6 +402,6 @@ fn blame_first_line(script: &Path) -> Option<String> {
 pub fn leave_status(dir: &Path, status: &Status) -> std::io::Result<()> {
     let text = serde_json::to_vec(status)?;
     let new = dir.join("status.json.new");
-    std::fs::write(&new, text)?;
+    private::write(&new, &text)?;
     std::fs::rename(new, dir.join(STATUS))
 }

@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,7 +20,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::stat::{Mode, umask};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use nix::unistd::{ForkResult, Pid, dup2_stdin, getpid};
@@ -30,20 +29,27 @@ use super::fork::{close_inherited, fork_single_threaded};
 use super::guardian::{KILL_NOW, LEASE_OVER, STATUS, STOP, guard, leave_status};
 use super::namespace;
 use super::notes::Notes;
+use super::peer::{Door, own_file};
 use super::protocol::{End, FromKeeper, Spec, Status, ToKeeper, VERSION};
-use super::tree::descendants_beside;
+use super::tree::{descendants_beside, signal_listed};
 use crate::clock::boottime;
 
 /// Name of the lock file in the worker's folder; it holds the keeper's process id.
 pub const LOCK: &str = "keeper.lock";
-/// Name of the socket in the worker's folder.
-pub const SOCKET: &str = "keeper.sock";
 
 /// After this long a guardian that was told of the end of its lease is killed itself. Its own terminate and kill take 2 s, and all of it
 /// must fit into the 10 s that `grace` leaves.
 const IMPATIENCE: Duration = Duration::from_secs(4);
 /// A guardian that does not die (it may wait for a disk) is killed again after this time.
 const AGAIN: Duration = Duration::from_millis(500);
+/// Between two looks whether the folder, and the socket in it, are still there.
+const LOOK: Duration = Duration::from_secs(1);
+/// So many looks in a row have to miss the folder before it is taken for gone.
+const LOOKS: u32 = 2;
+/// Connections that are looked at before it is the turn of leases and orders again: a build may call without end.
+const CALLS: u32 = 32;
+/// Between two complaints about callers.
+const COMPLAINTS: Duration = Duration::from_secs(60);
 /// How long the orphans of guardians that vanished are hunted, in rounds of 5 ms, before the keeper turns to other leases.
 const ROUNDS: u32 = 400;
 /// Longest message, bytes: an environment is at most a few MiB (execve(2)).
@@ -60,6 +66,11 @@ pub fn keep(dir: &Path) -> ExitCode {
     }
 }
 
+/// Device and inode of this process's program. A file that was replaced is another one.
+pub fn program() -> Option<(u64, u64)> {
+    std::fs::metadata("/proc/self/exe").map(|found| (found.dev(), found.ino())).ok()
+}
+
 /// To standard error, if anybody still holds its other end.
 fn complain(text: &str) {
     let _unheard = writeln!(std::io::stderr(), "buildreactor keeper: {text}");
@@ -67,13 +78,33 @@ fn complain(text: &str) {
 
 struct Keeper {
     /// Gone in a guardian, as is everything below: it is a fork of this process.
-    listener: Option<UnixListener>,
+    door: Option<Door>,
     daemon: Option<Link>,
     guardians: HashMap<Pid, Guardian>,
     no_namespace: Option<String>,
     leaving: bool,
     /// Ends that nobody has heard, of attempts whose folder could not take them (a full disk).
     untold: Vec<(String, Status)>,
+    folder: Folder,
+    calls: Calls,
+}
+
+/// The worker's folder.
+struct Folder {
+    path: PathBuf,
+    /// Device and inode.
+    place: (u64, u64),
+    look_at: Duration,
+    missed: u32,
+    /// Why nothing can run here any more.
+    gone: Option<String>,
+}
+
+/// Those who called and are not the daemon.
+#[derive(Default)]
+struct Calls {
+    refused: u64,
+    quiet_until: Duration,
 }
 
 struct Guardian {
@@ -86,6 +117,13 @@ struct Guardian {
     over: Option<Duration>,
 }
 
+/// Signals a guardian by its number, which nobody else can have: it is our child, and we are the only ones to wait for it. `reap` takes
+/// it from the list when it does.
+fn signal_guardian(pid: Pid, signal: Signal) {
+    // Fails for one that has ended and is a zombie until `reap` comes to it.
+    let _ended = kill(pid, signal);
+}
+
 /// The connection to a daemon. Never waited for: a stopped daemon must not keep the keeper from its leases.
 struct Link {
     stream: UnixStream,
@@ -94,18 +132,26 @@ struct Link {
 }
 
 fn run(dir: &Path) -> std::io::Result<()> {
+    // It has the scripts' environments of all builds. A build is as usual from its exec on.
+    prctl::set_dumpable(false)?;
     close_inherited();
     let first = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     // Guardians inherit standard input, and the daemon must see the end of its connection when the keeper ends.
     dup2_stdin(File::open("/dev/null")?)?;
-    let mut lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK))?;
+    if std::fs::read_link("/proc/self")?.to_str() != Some(getpid().to_string().as_str()) {
+        // The numbers in there would be of other processes.
+        return Err(std::io::Error::other("`/proc` is of another PID namespace; mount it anew in this one"));
+    }
+    let mut lock = own_file(&dir.join(LOCK))?;
     // The daemon waited for it before; a guardian that is still dying holds it a moment longer.
     lock.lock()?;
     lock.set_len(0)?;
     lock.write_all(getpid().to_string().as_bytes())?;
-    // The path of a socket is short (unix(7): 108 bytes), a folder's may be long.
+    let path = std::path::absolute(dir)?;
     std::env::set_current_dir(dir)?;
-    let listener = listen()?;
+    let found = std::fs::metadata(".")?;
+    let folder = Folder { path, place: (found.dev(), found.ino()), look_at: boottime() + LOOK, missed: 0, gone: None };
+    let door = Door::open()?;
     prctl::set_child_subreaper(true)?;
     let _named = prctl::set_name(c"br-keeper");
     let mut mask = SigSet::empty();
@@ -120,12 +166,14 @@ fn run(dir: &Path) -> std::io::Result<()> {
     // A timer of this clock goes off at the end of a suspension; the timeout of poll would sleep on.
     let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)?;
     let mut keeper = Keeper {
-        listener: Some(listener),
+        door: Some(door),
         daemon: None,
         guardians: HashMap::new(),
         no_namespace: namespace::why_not(),
         leaving: false,
         untold: Vec::new(),
+        folder,
+        calls: Calls::default(),
     };
     keeper.connected(first)?;
     loop {
@@ -136,46 +184,34 @@ fn run(dir: &Path) -> std::io::Result<()> {
         keeper.accept();
         keeper.hear();
         keeper.end_leases();
+        keeper.look();
         keeper.speak();
-        if keeper.guardians.is_empty() && keeper.untold.is_empty() && (keeper.daemon.is_none() || keeper.leaving) {
+        let nobody = keeper.daemon.is_none() && keeper.untold.is_empty();
+        let leaving = keeper.leaving && keeper.untold.is_empty();
+        if keeper.guardians.is_empty() && (nobody || leaving || keeper.folder.gone.is_some()) {
             return Ok(());
         }
     }
 }
 
-/// For this user alone, whatever the umask.
-fn listen() -> std::io::Result<UnixListener> {
-    match std::fs::remove_file(SOCKET) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
-    let before = umask(Mode::from_bits_truncate(0o077));
-    let listener = UnixListener::bind(SOCKET);
-    umask(before);
-    let listener = listener?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
 impl Keeper {
-    /// Sets the timer to the next end of a lease.
+    /// Sets the timer to the next end of a lease, or look at the folder.
     fn set(&self, timer: &TimerFd) -> std::io::Result<()> {
-        match self.guardians.values().map(|guardian| guardian.over.unwrap_or(guardian.until)).min() {
+        let ends = self.guardians.values().map(|guardian| guardian.over.unwrap_or(guardian.until));
+        let next = ends.fold(self.folder.look_at, Duration::min);
+        timer.set(
             // A time of zero would switch it off.
-            Some(next) => timer.set(
-                Expiration::OneShot(TimeSpec::from_duration(next.max(Duration::from_nanos(1)))),
-                TimerSetTimeFlags::TFD_TIMER_ABSTIME,
-            )?,
-            None => timer.unset()?,
-        }
+            Expiration::OneShot(TimeSpec::from_duration(next.max(Duration::from_nanos(1)))),
+            TimerSetTimeFlags::TFD_TIMER_ABSTIME,
+        )?;
         Ok(())
     }
 
     fn wait(&self, signals: &SignalFd, timer: &TimerFd) {
         let mut fds =
             vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(timer.as_fd(), PollFlags::POLLIN)];
-        if let Some(listener) = &self.listener {
-            fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+        if let Some(door) = &self.door {
+            fds.push(PollFd::new(door.as_fd(), PollFlags::POLLIN));
         }
         if let Some(link) = &self.daemon {
             let out = if link.to_say.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
@@ -185,11 +221,54 @@ impl Keeper {
         let _woken = poll(&mut fds, PollTimeout::NONE);
     }
 
+    /// Looks who calls. A stranger is sent away at once, and changes nothing.
     fn accept(&mut self) {
-        while let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) {
-            // The new one is the daemon now: it holds the worker's lock, so the old one is dead.
-            if let Err(error) = self.connected(stream) {
-                complain(&format!("a daemon cannot be talked to: {error}"));
+        for _ in 0..CALLS {
+            match self.door.as_ref().and_then(Door::next) {
+                None => return,
+                // The new one is the daemon now: it holds the worker's lock, so the old one is dead.
+                Some(Ok(stream)) => {
+                    if let Err(error) = self.connected(stream) {
+                        complain(&format!("a daemon cannot be talked to: {error}"));
+                    }
+                }
+                Some(Err(why)) => self.refused(&why),
+            }
+        }
+    }
+
+    fn refused(&mut self, why: &str) {
+        self.calls.refused += 1;
+        if boottime() >= self.calls.quiet_until {
+            let times = self.calls.refused;
+            complain(&format!("a connection that is not this worker's daemon is refused ({times} so far): {why}"));
+            self.calls.quiet_until = boottime() + COMPLAINTS;
+        }
+    }
+
+    /// Ends everything when the worker's folder is gone: nothing in it could be found again, by anybody. What is missing in the folder
+    /// is made again.
+    fn look(&mut self) {
+        if boottime() < self.folder.look_at {
+            return;
+        }
+        self.folder.look_at = boottime() + LOOK;
+        let missed = match std::fs::metadata(&self.folder.path) {
+            Ok(found) => (found.dev(), found.ino()) != self.folder.place,
+            Err(error) => matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
+        };
+        self.folder.missed = if missed { self.folder.missed + 1 } else { 0 };
+        if !missed {
+            if let Some(Err(error)) = self.door.as_mut().map(Door::put_right) {
+                self.refused(&format!("the socket cannot be made again: {error}"));
+            }
+        } else if self.folder.missed >= LOOKS && self.folder.gone.is_none() {
+            let why = format!("the worker's folder `{}` has vanished", self.folder.path.display());
+            complain(&why);
+            self.folder.gone = Some(why);
+            for (pid, guardian) in self.guardians.iter_mut().filter(|(_, guardian)| guardian.over.is_none()) {
+                signal_guardian(*pid, LEASE_OVER);
+                guardian.over = Some(boottime() + IMPATIENCE);
             }
         }
     }
@@ -205,6 +284,7 @@ impl Keeper {
             pid: getpid().as_raw(),
             running,
             no_namespace: self.no_namespace.clone(),
+            program: program(),
         };
         self.say(&hello);
         for (id, status) in untold {
@@ -250,7 +330,7 @@ impl Keeper {
             Ok(ToKeeper::Start(spec)) => self.start(&spec),
             Ok(ToKeeper::Stop { id }) => {
                 if let Some((pid, _)) = self.guardians.iter().find(|(_, guardian)| guardian.id == id) {
-                    let _gone = kill(*pid, STOP);
+                    signal_guardian(*pid, STOP);
                 }
             }
             Ok(ToKeeper::Renew { id, until_ms }) => {
@@ -268,6 +348,9 @@ impl Keeper {
     fn start(&mut self, spec: &Spec) {
         self.leaving = false;
         let keeper = getpid();
+        if let Some(gone) = &self.folder.gone {
+            return self.ended(spec.id.clone(), Status::without_process(End::NotStarted(gone.clone())));
+        }
         if self.guardians.values().any(|guardian| guardian.id == spec.id) {
             return self.ended(spec.id.clone(), Status::without_process(End::NotStarted("it runs already".to_owned())));
         }
@@ -285,7 +368,7 @@ impl Keeper {
             Ok((notes, ForkResult::Child)) => {
                 let _named = prctl::set_name(c"br-guardian");
                 // A socket that nobody answers would keep the next daemon waiting.
-                self.listener = None;
+                self.door = None;
                 self.daemon = None;
                 self.guardians.clear();
                 let status = guard(spec, keeper, &notes, self.no_namespace.is_none());
@@ -305,12 +388,12 @@ impl Keeper {
         for (pid, guardian) in &mut self.guardians {
             match guardian.over {
                 None if now >= guardian.until => {
-                    let _gone = kill(*pid, LEASE_OVER);
+                    signal_guardian(*pid, LEASE_OVER);
                     guardian.over = Some(now + IMPATIENCE);
                 }
                 // It is stopped, or stuck. Its tree falls to us, and `reap` deals with it.
                 Some(at) if now >= at => {
-                    let _gone = kill(*pid, Signal::SIGKILL);
+                    signal_guardian(*pid, Signal::SIGKILL);
                     guardian.over = Some(now + AGAIN);
                 }
                 None | Some(_) => {}
@@ -348,7 +431,10 @@ impl Keeper {
     }
 
     /// Tells the daemon; without one, keeps what could not be noted in the folder for the next.
-    fn ended_in(&mut self, dir: &Path, id: String, status: Status) {
+    fn ended_in(&mut self, dir: &Path, id: String, mut status: Status) {
+        if let (Some(gone), End::LeaseOver) = (&self.folder.gone, &status.end) {
+            status.end = End::NotStarted(gone.clone());
+        }
         if self.daemon.is_none() && !dir.join(STATUS).exists() {
             self.untold.push((id, status));
         } else {
@@ -366,12 +452,11 @@ impl Keeper {
                 return 0;
             }
             left = orphans.len();
-            for pid in &orphans {
-                let _gone = kill(*pid, Signal::SIGKILL);
-            }
-            // Reaped here: a zombie of ours still counts as a descendant. Guardians among them are ours to tell of.
-            for pid in orphans {
-                if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
+            // Who cannot be signalled is counted as left.
+            let _sent = signal_listed(getpid(), &mine, &orphans, Signal::SIGKILL, |_| true);
+            // Reaped here: a zombie of ours still counts as a descendant. Guardians are in `mine`, and not among them.
+            for orphan in orphans {
+                if let Some(pid) = rustix::process::Pid::from_raw(orphan.pid.as_raw()) {
                     let _reaped = rustix::process::waitpid(Some(pid), WaitOptions::NOHANG);
                 }
             }

@@ -7,18 +7,21 @@ mod guardian;
 pub mod keeper;
 mod namespace;
 mod notes;
+mod peer;
 mod protocol;
 mod tree;
 
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::client::{KeeperClient, left};
+pub use self::fork::set_environment;
 use self::protocol::{End, Spec, Status};
 use super::{Begin, Executor, Folders, Ready, Running, Tether, boot_id, human};
+use crate::logs::private;
 use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
 
 /// Between terminate and kill at a time limit.
@@ -65,7 +68,7 @@ impl ProcessExecutor {
     /// # Cancel safety
     /// Safe.
     pub async fn new(settings: Settings) -> io::Result<ProcessExecutor> {
-        std::fs::create_dir_all(settings.folders.attempts())?;
+        private::make_dir(&settings.folders.attempts())?;
         let keeper = KeeperClient::new(settings.folders.root()).await?;
         Ok(ProcessExecutor { settings, keeper, unable: Mutex::default() })
     }
@@ -170,7 +173,7 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
     if dir.exists() {
         std::fs::remove_dir_all(dir).map_err(named("remove", dir))?;
     }
-    std::fs::create_dir_all(dir).map_err(named("make", dir))?;
+    private::make_dir(dir).map_err(named("make", dir))?;
     let workdir =
         if job.keep_workspace { settings.folders.kept_workspace(&job.builder, job.slot) } else { dir.join("work") };
     let cache = settings.folders.cache(&job.builder);
@@ -178,13 +181,9 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
         std::fs::create_dir_all(folder).map_err(named("make", folder))?;
     }
     let mark = dir.join(MARK);
-    std::fs::write(&mark, job.started_us.to_string()).map_err(named("write", &mark))?;
+    private::write(&mark, job.started_us.to_string().as_bytes()).map_err(named("write", &mark))?;
     let file = dir.join("build.json");
-    // It may tell more of the build than others on this machine should know.
-    let written = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file);
-    written
-        .and_then(|mut file| std::io::Write::write_all(&mut file, job.row.as_bytes()))
-        .map_err(named("write", &file))?;
+    private::write(&file, job.row.as_bytes()).map_err(named("write", &file))?;
     let text = job.script.as_deref().unwrap_or_default();
     let script = dir.join("script");
     write_script(&script, text).map_err(named("write", &script))?;
@@ -210,6 +209,8 @@ fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
 fn write_script(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write;
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o700).open(path)?;
+    // Whatever the umask.
+    file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
     file.write_all(text.as_bytes())?;
     // People's editors end files with a newline; people's SQL does not.
     if !text.ends_with('\n') {
@@ -307,7 +308,7 @@ pub fn tidy(dir: &Path) -> io::Result<()> {
     if dir.join(guardian::STATUS).exists() {
         std::fs::rename(dir.join(guardian::STATUS), dir.join(RECORDED))?;
     } else {
-        std::fs::write(dir.join(RECORDED), "{}")?;
+        private::write(&dir.join(RECORDED), b"{}")?;
     }
     let work: PathBuf = dir.join("work");
     if work.exists() { std::fs::remove_dir_all(work) } else { Ok(()) }

@@ -2,12 +2,14 @@
 //! whatever they are and whoever else was killed. Made without a user namespace, in which sudo and rootless containers do not
 //! work: so for root (CAP_SYS_ADMIN) alone.
 
+use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
@@ -64,13 +66,45 @@ fn try_out() -> Result<(), String> {
     }
 }
 
-/// A `/proc` that shows the namespace, seen by it alone; what is mounted outside later is still seen inside.
+/// A `/proc` that shows the namespace, seen by it alone; what is mounted outside later is still seen inside. The ones that show the
+/// processes outside are taken away, wherever they are: what is merely covered would be there again after `umount`.
 fn own_proc() -> nix::Result<()> {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
+    let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    // The newest first: each is on top of those before it.
+    for place in mounted.lines().rev().filter_map(place_of_proc) {
+        // Refused (EINVAL) inside a container of an ordinary user, for what was there before it: nobody in there gets it away either.
+        let _covered_then = umount2(place.as_os_str(), MntFlags::MNT_DETACH);
+    }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), flags, NONE)
+}
+
+/// Where a line of mountinfo (proc_pid_mountinfo(5)) says that a `/proc` is mounted, or a part of one. None: something else is.
+fn place_of_proc(line: &str) -> Option<OsString> {
+    let (before, after) = line.split_once(" - ")?;
+    if after.split(' ').next() != Some("proc") {
+        return None;
+    }
+    // Blank, tab, newline and backslash are written in octal digits.
+    let mut rest = before.split(' ').nth(4)?.as_bytes();
+    let mut place = Vec::new();
+    while let Some((byte, after)) = rest.split_first() {
+        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(written) if *byte == b'\\' => {
+                place.push(written);
+                rest = &after[3..];
+            }
+            Some(_) | None => {
+                place.push(*byte);
+                rest = after;
+            }
+        }
+    }
+    Some(OsString::from_vec(place))
 }
 
 /// What a namespace's init has told.
@@ -149,6 +183,24 @@ fn init(mut command: Command, mut tell: std::io::PipeWriter, guardian: &std::io:
             }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(_) => std::process::exit(1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_proc_is_found_and_nothing_else() {
+        for (line, place) in [
+            ("22 28 0:21 / /proc rw,nosuid shared:5 - proc proc rw", Some("/proc")),
+            ("90 28 0:21 /sys /srv/a\\040b\\134/proc/sys ro - proc proc rw", Some("/srv/a b\\/proc/sys")),
+            ("23 28 0:22 / /sys rw shared:6 - sysfs proc rw", None),
+            ("24 22 0:23 / /proc/sys/fs/binfmt_misc rw shared:6 master:1 - autofs proc rw", None),
+            ("", None),
+        ] {
+            assert_eq!(place_of_proc(line), place.map(OsString::from), "{line}");
         }
     }
 }

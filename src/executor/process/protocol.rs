@@ -46,6 +46,9 @@ pub enum FromKeeper {
         running: Vec<String>,
         /// Why attempts get no PID namespace of their own; none: they do.
         no_namespace: Option<String>,
+        /// Device and inode of the program that it runs: nobody else may look.
+        #[serde(default)]
+        program: Option<(u64, u64)>,
     },
     /// An attempt has ended and no process of it is left.
     Ended {
