@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{
-    Daemon, Db, PROGRAM, SOON, TempDir, buildreactor, processes_of, psql_program, temp_dir, text, wait_for,
-};
+use crate::support::{Daemon, Db, PROGRAM, SOON, TempDir, buildreactor, processes_of, temp_dir, text, wait_for};
 
 fn deploy(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy")).join(name)

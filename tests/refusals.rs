@@ -144,8 +144,7 @@ async fn a_result_that_is_refused_is_said_and_recorded_once_it_is_allowed() {
         ];
         let mut daemon = Daemon::start(&db, "w", &short).await;
         let _other =
-            Daemon::start(&db, "other", &[short.as_slice(), &[("BUILDREACTOR_WORKER_BUILDERS", "bad")]].concat())
-                .await;
+            Daemon::start(&db, "other", &[short.as_slice(), &[("BUILDREACTOR_WORKER_BUILDERS", "bad")]].concat()).await;
         let build = db.enqueue("linux").await;
         db.wait(
             "SELECT detail LIKE 'its result, passed, cannot be recorded yet: %' AND detail ~ 'day' FROM running_builds",

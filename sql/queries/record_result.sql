@@ -15,6 +15,9 @@ WITH ended AS MATERIALIZED (
            count(*) FILTER (WHERE a.state IN ('failed', 'timed_out')) AS failed
     FROM farm.builds b JOIN farm.build_attempts a ON a.build_id = b.id AND a.attempt <> $2::integer AND a.started_at >= b.queued_at
     WHERE b.id = $1::bigint
+), held AS MATERIALIZED (
+    -- Before anything is written: should somebody hold this row, the wait is one of a claim that everybody sees.
+    SELECT b.* FROM farm.builds b WHERE b.id = $1::bigint AND b.state = 'running' AND b.attempt = $2::integer FOR NO KEY UPDATE
 ), verdict AS MATERIALIZED (
     SELECT CASE
                -- Whatever would be tried again ends here when somebody has cancelled it meanwhile.
@@ -37,8 +40,7 @@ WITH ended AS MATERIALIZED (
                WHEN t.broken + t.failed > 0 THEN concat_ws(': ', format('passed in try %s', t.broken + t.failed + 1), e.detail)
                ELSE e.detail
            END AS detail
-    FROM ended e, tries t, farm.builds b JOIN farm.builders r ON r.name = b.builder
-    WHERE b.id = $1::bigint AND b.state = 'running' AND b.attempt = $2::integer
+    FROM ended e, tries t, held b JOIN farm.builders r ON r.name = b.builder
 ), attempt AS (
     UPDATE farm.build_attempts a
     SET state = e.state::farm.attempt_state, finished_at = clock_timestamp(), exit_code = e.exit_code, term_signal = e.term_signal,
