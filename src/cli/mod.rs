@@ -96,6 +96,8 @@ mod exit {
 
 /// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
+    // Before there are threads, which inherit the mask.
+    crate::executor::process::reset_signals();
     let arguments = Arguments::parse();
     // Before anything else has threads: the keeper forks.
     if let Command::Keeper { dir } = &arguments.command {

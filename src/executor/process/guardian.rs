@@ -20,7 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Pid, getpid, getppid, setsid};
 use rustix::process::{WaitOptions, wait};
 
-use super::fork::with_no_signal_blocked;
+use super::fork::with_clean_state;
 use super::namespace::{Namespace, Told};
 use super::notes::Notes;
 use super::protocol::{End, Spec, Status};
@@ -371,7 +371,7 @@ impl<'a> Guardian<'a> {
 /// # Errors
 /// As a line for people.
 pub fn spawn(command: &mut Command) -> Result<Pid, String> {
-    let child = with_no_signal_blocked(command).spawn().map_err(|error| {
+    let child = with_clean_state(command).spawn().map_err(|error| {
         let program = command.get_program();
         let missing = error.kind() == std::io::ErrorKind::NotFound;
         let first_line = if missing { blame_first_line(Path::new(program)) } else { None };

@@ -17,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::client::{KeeperClient, left};
+pub use self::fork::{is_ignored, reset_signals};
 use self::protocol::{End, Spec, Status};
 use super::{Begin, Executor, Folders, Ready, Running, Tether, boot_id, human};
 use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
