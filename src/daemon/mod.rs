@@ -131,10 +131,10 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let bell = Arc::new(Notify::new());
     let (herald, proclaim) = Herald::new(database.clone(), Arc::clone(&bell));
     let proclaim = crate::tasks::spawn(proclaim);
-    let tidying = TaskTracker::new();
+    let (tidying, in_hand) = (TaskTracker::new(), InHand::default());
     let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
     let janitor =
-        crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
+        crate::tasks::spawn(janitor::run(database.clone(), in_hand.clone(), folders.attempts(), config.log.keep));
     let stopping = CancellationToken::new();
     let postman = mailer.map(|mailer| {
         // No other daemon calls itself so, not even the next one of this worker: that one must not take this one's mail for its own.
@@ -166,7 +166,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         giving_back: giving_back.clone(),
         giving_up: giving_up.clone(),
         tidying: tidying.clone(),
-        in_hand: InHand::default(),
+        in_hand,
     });
     let deadline = crate::tasks::spawn(async move {
         giving_back.cancelled().await;

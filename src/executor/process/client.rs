@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
@@ -232,7 +232,7 @@ pub(super) fn left(dir: &Path) -> Option<Status> {
 fn only_daemon(dir: &Path) -> io::Result<File> {
     let path = dir.join(ONLY);
     // Readable for nobody else, who could take the lock (flock(2)).
-    let mut file = File::options().create(true).truncate(false).write(true).read(true).mode(0o600).open(&path)?;
+    let file = File::options().create(true).truncate(false).write(true).read(true).mode(0o600).open(&path)?;
     if let Err(error) = file.try_lock() {
         if let TryLockError::Error(error) = error {
             return Err(io::Error::new(error.kind(), format!("lock `{}`: {error}", path.display())));
@@ -245,8 +245,7 @@ fn only_daemon(dir: &Path) -> io::Result<File> {
             ),
         ));
     }
-    file.set_len(0)?;
-    file.write_all(std::process::id().to_string().as_bytes())?;
+    super::write_over(&file, &std::process::id().to_string())?;
     Ok(file)
 }
 

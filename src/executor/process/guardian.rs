@@ -112,7 +112,8 @@ impl<'a> Guardian<'a> {
         mask.thread_block().map_err(failed("block signals"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(failed("open a signalfd"))?;
-        let log = OutputWriter::create(&spec.dir, spec.file_limit);
+        let mut log = OutputWriter::create(&spec.dir, spec.file_limit);
+        log.write(spec.notes.as_bytes());
 
         let (output, stdout) = std::io::pipe().map_err(|error| format!("open a pipe: {error}"))?;
         let stderr = stdout.try_clone().map_err(|error| format!("open a pipe: {error}"))?;

@@ -98,11 +98,10 @@ fn run(dir: &Path) -> std::io::Result<()> {
     let first = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     // Guardians inherit standard input, and the daemon must see the end of its connection when the keeper ends.
     dup2_stdin(File::open("/dev/null")?)?;
-    let mut lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK))?;
+    let lock = File::options().create(true).truncate(false).write(true).mode(0o600).open(dir.join(LOCK))?;
     // The daemon waited for it before; a guardian that is still dying holds it a moment longer.
     lock.lock()?;
-    lock.set_len(0)?;
-    lock.write_all(getpid().to_string().as_bytes())?;
+    super::write_over(&lock, &getpid().to_string())?;
     // The path of a socket is short (unix(7): 108 bytes), a folder's may be long.
     std::env::set_current_dir(dir)?;
     let listener = listen()?;
