@@ -14,6 +14,7 @@ mod inherited;
 mod leases;
 mod leases_faults;
 mod leases_limits;
+mod limits;
 mod logs;
 mod mail;
 mod netns;

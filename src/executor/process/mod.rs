@@ -128,7 +128,7 @@ impl ProcessExecutor {
                     Err(Unprepared::Failed(error)) => {
                         return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}"));
                     }
-                    Err(Unprepared::Recipe(why)) => return Ended::without_process(Outcome::Error, why),
+                    Err(Unprepared::Recipe(why)) => return Ended::without_process(Outcome::Impossible, why),
                 }
             }
         };
