@@ -264,7 +264,12 @@ async fn a_build_that_has_shut_its_folder_is_found_by_the_next_daemon() {
     let (mut daemon, _program) = ordinary_daemon(&db).await;
     let gate = temp_dir();
     let path = gate.path().join("gate");
-    for shut in ["chmod 000 ..", "cd ../..; chmod 000 ."] {
+    for shut in [
+        "chmod 000 ..",
+        "cd ../..; chmod 000 .",
+        "cd ../../..; chmod 000 .",
+        "cd ../../..; chmod 000 cache attempts; chmod 000 .. .",
+    ] {
         let _left = std::fs::remove_file(&path);
         let name = format!("b{}", crate::support::unique());
         db.builder(
@@ -275,8 +280,8 @@ async fn a_build_that_has_shut_its_folder_is_found_by_the_next_daemon() {
         let id = db.enqueue(&name).await;
         let attempt = daemon.state.path().join(format!("w/attempts/{id}.1"));
         wait_for("the folder to be shut", || async {
-            let mode = |path: &Path| std::fs::metadata(path).map_or(0o777, |found| found.permissions().mode() & 0o777);
-            mode(&attempt) == 0 || mode(attempt.parent().unwrap()) == 0
+            let shut = |path: &Path| std::fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o777 == 0);
+            attempt.ancestors().take(4).any(shut)
         })
         .await;
         assert_eq!(daemon.stop().await, Some(0));

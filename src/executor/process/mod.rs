@@ -22,7 +22,8 @@ pub use self::fork::{is_ignored, reset_signals};
 use self::prepare::{Unprepared, prepare};
 use self::protocol::{End, Status};
 pub use self::remove::remove_path;
-pub use self::tidy::{RECORDED, is_untidy, started, tidy};
+use self::tidy::ALL_LEVELS;
+pub use self::tidy::{RECORDED, is_untidy, reopen, started, tidy};
 use super::{Begin, Executor, Folders, Ready, Running, Tether, boot_id, human};
 use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
 
@@ -85,7 +86,7 @@ impl ProcessExecutor {
         let reopen = || {
             tokio::task::spawn_blocking({
                 let dir = dir.clone();
-                move || tidy::reopen(&dir)
+                move || reopen(&dir, ALL_LEVELS)
             })
         };
         let status = match begin {

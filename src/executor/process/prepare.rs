@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::environment::{self, Environment, Unfit};
 use super::protocol::Spec;
 use super::remove::{let_owner_in, open_folder, remove, remove_path};
-use super::tidy::{MARK, WORK, is_closed, reopen};
+use super::tidy::{ALL_LEVELS, MARK, WORK, is_closed, reopen};
 use super::{KILL_AFTER, Settings, millis};
 use crate::executor::new_id;
 use crate::model::Job;
@@ -60,7 +60,7 @@ fn write_all(job: &Job, settings: &Settings) -> Result<Spec, Unprepared> {
     };
     let dir = &job.dir;
     let root = settings.folders.root();
-    reopen(dir);
+    reopen(dir, ALL_LEVELS);
     // Left by another database that used the same state_dir.
     remove_path(dir).map_err(named("make room for", dir))?;
     std::fs::create_dir_all(dir).map_err(named("make", dir))?;

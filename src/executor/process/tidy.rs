@@ -29,14 +29,17 @@ pub fn is_untidy(dir: &Path) -> bool {
     dir.join(WORK).is_symlink() || dir.join(WORK).exists() || !dir.join(RECORDED).exists()
 }
 
-/// Lets us into the folder of an attempt, and into those above it up to `state_dir`, where a build has shut us out: each build can do that
-/// to all others of its user.
-pub(super) fn reopen(dir: &Path) {
+/// How many folders there are from that of an attempt up to `state_dir`.
+pub(super) const ALL_LEVELS: usize = 4;
+
+/// Lets us into a folder of the worker, and into the `levels` - 1 above it, where a build has shut us out: each build can do that to all
+/// others of its user, and to the next daemon.
+pub fn reopen(dir: &Path, levels: usize) {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folders: Vec<&Path> = dir.ancestors().take(4).collect();
+    let folders: Vec<&Path> = dir.ancestors().take(levels).collect();
     for folder in folders.into_iter().rev() {
-        // Those above may be an operator's links. This one is ours.
-        let links = if folder == dir { OFlags::NOFOLLOW } else { OFlags::empty() };
+        // Those above may be an operator's links. That of an attempt is ours.
+        let links = if folder == dir && levels == ALL_LEVELS { OFlags::NOFOLLOW } else { OFlags::empty() };
         if let Ok(folder) = rustix::fs::open(folder, flags | links, Mode::empty())
             && is_closed(&folder)
         {
@@ -58,7 +61,7 @@ pub(super) fn is_closed(folder: &OwnedFd) -> bool {
 /// # Errors
 /// The first of what failed; the rest was done all the same, and all of it can be done again.
 pub fn tidy(dir: &Path) -> io::Result<()> {
-    reopen(dir);
+    reopen(dir, ALL_LEVELS);
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let folder = match rustix::fs::open(dir, flags, Mode::empty()) {
         // Given back before anything was started.
