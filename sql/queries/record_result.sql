@@ -3,6 +3,7 @@
 -- $1 build  $2 attempt  $3 attempt_state  $4 exit code  $5 signal  $6 detail  $7 user seconds  $8 system seconds
 -- $9 max rss, bytes  $10 log, bytes  $11 charged: whether the attempt counts (false: it was given back)
 -- $12 started  $13 finished, microseconds since 1970, of a build that another system ran; null: as seen from here
+-- $14 hopeless: an attempt in error that would end the same way if it was tried again
 -- Locks: the rows of builds, build_attempts and build_queue of this build, until the COMMIT that follows.
 WITH ended AS MATERIALIZED (
     SELECT $1::bigint AS build_id, $2::integer AS attempt, $3::text AS state, $4::integer AS exit_code, $5::integer AS term_signal,
@@ -23,7 +24,7 @@ WITH ended AS MATERIALIZED (
                -- Whatever would be tried again ends here when somebody has cancelled it meanwhile.
                WHEN b.cancel_requested_at IS NOT NULL AND e.state NOT IN ('passed', 'failed', 'timed_out') THEN 'cancelled'
                WHEN NOT e.charged THEN 'queued'
-               WHEN e.state IN ('error', 'lost') THEN CASE WHEN t.broken + 1 < r.max_attempts THEN 'queued' ELSE 'error' END
+               WHEN e.state IN ('error', 'lost') THEN CASE WHEN NOT $14::boolean AND t.broken + 1 < r.max_attempts THEN 'queued' ELSE 'error' END
                WHEN e.state IN ('failed', 'timed_out') AND t.failed < r.retry_failed AND b.cancel_requested_at IS NULL THEN 'queued'
                ELSE e.state
            END::farm.build_state AS state,
@@ -32,7 +33,7 @@ WITH ended AS MATERIALIZED (
            CASE
                WHEN b.cancel_requested_at IS NOT NULL AND (NOT e.charged OR e.state NOT IN ('passed', 'failed', 'timed_out', 'cancelled'))
                    THEN concat_ws(': ', 'cancelled', nullif(b.cancel_reason, ''))
-               WHEN NOT e.charged OR e.state = 'cancelled' THEN e.detail
+               WHEN NOT e.charged OR e.state = 'cancelled' OR $14::boolean THEN e.detail
                WHEN e.state = 'lost' THEN concat_ws(': ', format('attempt %s of %s lost', t.broken + 1, r.max_attempts), e.detail)
                WHEN e.state = 'error' THEN concat_ws(': ', format('attempt %s of %s broke', t.broken + 1, r.max_attempts), e.detail)
                WHEN e.state IN ('failed', 'timed_out') AND r.retry_failed > 0

@@ -235,6 +235,8 @@ fn machine(worker: &Worker, found: &mut Findings) {
                 format!("{} free in `{place}`, [worker] min_free_disk is {}", size(free), size(worker.min_free_disk));
             if free < worker.min_free_disk {
                 found.problem("disk", format!("{text}: make room, or lower it"));
+            } else if disk.files() > 0 && disk.files_available() == 0 {
+                found.problem("disk", format!("no inodes are free in `{place}`: remove files"));
             } else {
                 found.ok("disk", text);
             }

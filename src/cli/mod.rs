@@ -97,6 +97,8 @@ mod exit {
 
 /// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
+    // Before there are threads, which inherit the mask.
+    crate::executor::process::reset_signals();
     // Nobody of the same user may look into our memory, open files and environment, or attach to us. Children are as usual from their
     // exec on; the keeper does this again.
     let _dumpable = nix::sys::prctl::set_dumpable(false);

@@ -8,6 +8,7 @@ mod retention;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
@@ -130,9 +131,10 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let bell = Arc::new(Notify::new());
     let (herald, proclaim) = Herald::new(database.clone(), Arc::clone(&bell));
     let proclaim = crate::tasks::spawn(proclaim);
-    let tidying = TaskTracker::new();
+    let (tidying, in_hand) = (TaskTracker::new(), InHand::default());
     let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
-    let janitor = crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
+    let janitor =
+        crate::tasks::spawn(janitor::run(database.clone(), in_hand.clone(), folders.attempts(), config.log.keep));
     let stopping = CancellationToken::new();
     let postman = mailer.map(|mailer| {
         // No other daemon calls itself so, not even the next one of this worker: that one must not take this one's mail for its own.
@@ -164,7 +166,7 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         giving_back: giving_back.clone(),
         giving_up: giving_up.clone(),
         tidying: tidying.clone(),
-        in_hand: InHand::default(),
+        in_hand,
     });
     let deadline = crate::tasks::spawn(async move {
         giving_back.cancelled().await;
@@ -245,6 +247,13 @@ fn listen_to_signals(
     let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
     let mut drain = signal(SignalKind::user_defined1()).map_err(DaemonError::Signals)?;
+    // Under nohup, or in the background of a shell: the terminal's signals do nothing to us. They are caught rather than ignored, because
+    // whatever we start would inherit that.
+    let kinds = [(Signal::SIGHUP, SignalKind::hangup()), (Signal::SIGQUIT, SignalKind::quit())];
+    for (_, kind) in kinds.into_iter().filter(|(number, _)| process::is_ignored(*number)) {
+        // Caught from now on, whether or not anybody listens.
+        let _caught = signal(kind).map_err(DaemonError::Signals)?;
+    }
     Ok(crate::tasks::spawn(async move {
         let (mut leave_at, mut stopping) = (None, false);
         loop {

@@ -302,12 +302,13 @@ impl Claim {
         };
         let detail = ended.detail.as_ref().map(|text| crate::model::clean_line(text, 2000));
         let charged = ended.outcome != Outcome::GivenBack;
+        let hopeless = ended.outcome == Outcome::Impossible;
         let state = ended.outcome.attempt_state();
         let usage = ended.usage;
         let (user, system, rss) =
             (usage.map(|u| u.user_seconds), usage.map(|u| u.system_seconds), usage.map(|u| u.max_rss_bytes));
         let (started, finished) = ended.times.unzip();
-        let values: [&(dyn ToSql + Sync); 13] = [
+        let values: [&(dyn ToSql + Sync); 14] = [
             &id.build.0,
             &id.attempt,
             &state,
@@ -321,6 +322,7 @@ impl Claim {
             &charged,
             &started,
             &finished,
+            &hopeless,
         ];
         // Preparing it, where that was not done before, waits for locks too: behind the savepoint, like the statement.
         let statement = async {

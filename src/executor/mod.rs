@@ -162,6 +162,8 @@ impl Folders {
     /// # Errors
     /// The folder cannot be made, read or written.
     pub fn id(&self) -> std::io::Result<String> {
+        // A build may have shut them while there was no daemon.
+        process::reopen(&self.attempts(), 3);
         std::fs::create_dir_all(&self.root)?;
         let file = self.root.join("folder.id");
         let known = std::fs::read_to_string(&file).unwrap_or_default();

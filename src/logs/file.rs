@@ -181,14 +181,24 @@ pub fn finish(dir: &Path) -> io::Result<()> {
     let Some((first, _)) = tail.first() else { return Ok(()) };
     let mut log = OpenOptions::new().append(true).open(dir.join(LOG))?;
     let head = log.metadata()?.len();
-    if *first > head {
-        log.write_all(marker(*first - head).as_bytes())?;
+    let joined = join(&mut log, first.saturating_sub(head), &tail);
+    if joined.is_err() {
+        // A full disk, perhaps. What is joined in part would be joined twice.
+        log.set_len(head)?;
     }
-    for (_, path) in &tail {
-        io::copy(&mut File::open(path)?, &mut log)?;
-    }
+    joined?;
     for (_, path) in tail {
         std::fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+fn join(log: &mut File, left_out: u64, tail: &[(u64, PathBuf)]) -> io::Result<()> {
+    if left_out > 0 {
+        log.write_all(marker(left_out).as_bytes())?;
+    }
+    for (_, path) in tail {
+        io::copy(&mut File::open(path)?, log)?;
     }
     Ok(())
 }

@@ -153,6 +153,8 @@ pub enum Outcome {
     TimedOut,
     /// The machinery failed: it could not start, or it exited with 75 (EX_TEMPFAIL).
     Error,
+    /// It can be started nowhere, because of what its rows ask for. The build ends in `error` at once.
+    Impossible,
     /// Its worker disappeared.
     Lost,
     /// Somebody cancelled it.
@@ -168,7 +170,7 @@ impl Outcome {
             Outcome::Passed => "passed",
             Outcome::Failed => "failed",
             Outcome::TimedOut => "timed_out",
-            Outcome::Error => "error",
+            Outcome::Error | Outcome::Impossible => "error",
             Outcome::Lost => "lost",
             Outcome::Cancelled | Outcome::GivenBack => "cancelled",
         }
@@ -178,7 +180,12 @@ impl Outcome {
     pub fn is_infrastructure(self) -> bool {
         match self {
             Outcome::Error | Outcome::Lost => true,
-            Outcome::Passed | Outcome::Failed | Outcome::TimedOut | Outcome::Cancelled | Outcome::GivenBack => false,
+            Outcome::Passed
+            | Outcome::Failed
+            | Outcome::TimedOut
+            | Outcome::Impossible
+            | Outcome::Cancelled
+            | Outcome::GivenBack => false,
         }
     }
 }

@@ -355,6 +355,7 @@ impl<'a> Attempt<'a> {
         self.tell(&ended, recorded.as_ref(), started.elapsed());
         let database = self.shared.database.clone();
         let (log_in_doubt, hand) = (self.log_in_doubt, self.hand);
+        let (leaving, giving_back) = (self.shared.leaving.clone(), self.shared.giving_back.clone());
         self.shared.tidying.spawn(async move {
             let dir = source.dir.clone();
             if log_in_doubt {
@@ -362,10 +363,7 @@ impl<'a> Attempt<'a> {
                 let source = logs::Source { resume: true, ..source };
                 let _rest = logs::ship(database, source, log_ended).await;
             }
-            let tidied = tokio::task::spawn_blocking(move || (crate::executor::process::tidy(&dir), dir)).await;
-            if let Ok((Err(error), dir)) = tidied {
-                tracing::warn!("cannot tidy `{}`: {error}", dir.display());
-            }
+            super::tidying::tidy(&dir, &leaving, &giving_back).await;
             drop(hand);
         });
         Done::Ended { id, recorded }

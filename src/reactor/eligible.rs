@@ -1,23 +1,27 @@
 //! What this worker may take now.
 
-/// Why nothing should be claimed: less than `wanted` bytes free where builds write.
+/// Why nothing should be claimed: less than `wanted` bytes free where builds write, or no inodes.
 pub fn short_of_disk(folder: &std::path::Path, wanted: u64) -> Option<String> {
     const MIB: u64 = 1 << 20;
     // Somebody may have removed it under us.
     let made = || std::fs::create_dir_all(folder).is_ok();
-    let free = match nix::sys::statvfs::statvfs(folder) {
+    let stat = match nix::sys::statvfs::statvfs(folder) {
         Err(nix::errno::Errno::ENOENT) if made() => return short_of_disk(folder, wanted),
-        Ok(stat) => stat.blocks_available() * stat.fragment_size(),
+        Ok(stat) => stat,
         Err(error) => return Some(format!("cannot look at `{}`: {error}", folder.display())),
     };
-    (free < wanted).then(|| {
-        format!(
+    let free = stat.blocks_available() * stat.fragment_size();
+    if free < wanted {
+        return Some(format!(
             "out of disk: {} MiB free in {}, {} MiB wanted ([worker] min_free_disk)",
             free / MIB,
             folder.display(),
             wanted / MIB
-        )
-    })
+        ));
+    }
+    // A file system that makes them as it needs them says that it has none.
+    (stat.files() > 0 && stat.files_available() == 0)
+        .then(|| format!("out of disk: no inodes free in {}", folder.display()))
 }
 
 /// Whether `name` matches `pattern`, in which `*` stands for any characters and `?` for one.

@@ -13,6 +13,7 @@ mod outage;
 mod schedule;
 mod scheduler;
 mod scribe;
+mod tidying;
 mod unready;
 
 use std::collections::{HashMap, HashSet};

@@ -4,6 +4,7 @@ pub mod beating;
 pub mod buildbot;
 pub mod dice;
 pub mod freezer;
+pub mod ordinary;
 pub mod proxy;
 pub mod smtp;
 

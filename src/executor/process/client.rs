@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
@@ -277,8 +277,7 @@ fn only_daemon(dir: &Path) -> io::Result<File> {
             ),
         ));
     }
-    file.set_len(0)?;
-    file.write_all(std::process::id().to_string().as_bytes())?;
+    super::write_over(&file, &std::process::id().to_string())?;
     Ok(file)
 }
 

@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{ForkResult, fork};
 
 /// Forks. Only for the keeper, which has a single thread: in a process with several, the child may use nothing that takes a
@@ -55,11 +55,91 @@ pub fn set_environment(variables: impl Iterator<Item = (std::ffi::OsString, std:
     }
 }
 
-/// Lets `command` start with no signal blocked. std passes the mask of its caller on, and a guardian blocks what it reads from
-/// its signalfd: a build that cannot be terminated, only killed, would be the result.
+/// Numbers of all signals, real-time ones included (signal(7)).
+const SIGNALS: std::ops::RangeInclusive<usize> = 1..=64;
+
+/// A `struct sigaction` as the kernel has it: the handler comes first; there is room for the rest on every architecture.
+type Action = [usize; 16];
+
+/// What is done at `signal` (rt_sigaction(2)). With `new` it is done from now on. `None`: the kernel refuses. By the system call itself,
+/// because the C library keeps two real-time signals to itself, and whoever started us may have ignored those too. Async-signal-safe.
+#[expect(unsafe_code, reason = "a system call that libraries offer for some of the signals alone")]
+fn signal_action(signal: usize, new: Option<&Action>) -> Option<Action> {
+    use nix::libc;
+    let mut old: Action = [0; 16];
+    let new = new.map_or(std::ptr::null(), |new| new.as_ptr());
+    // SAFETY: both pointers are null or point to more memory than the kernel reads and writes. The only action that is ever set is the
+    // default one, so no handler is needed that could be called.
+    let done = unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, new, old.as_mut_ptr(), 8usize) };
+    (done == 0).then_some(old)
+}
+
+/// Whether `signal` is ignored.
+pub fn is_ignored(signal: Signal) -> bool {
+    signal_action(signal as usize, None).is_some_and(|action| action[0] == nix::libc::SIG_IGN)
+}
+
+/// Unblocks all signals, and puts those that are ignored back to their defaults: whoever started this program may have left them so, and
+/// an ignored SIGCHLD hides the end of every child. At the start of a program alone. SIGHUP, SIGINT and SIGQUIT stay ignored, because that
+/// is how nohup and a shell's `&` keep a terminal's signals from a program; SIGPIPE too, which Rust's runtime ignores.
+pub fn reset_signals() {
+    let kept = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGPIPE];
+    for signal in SIGNALS.filter(|signal| !kept.iter().any(|kept| *kept as usize == *signal)) {
+        if signal_action(signal, None).is_some_and(|action| action[0] == nix::libc::SIG_IGN) {
+            let _reset = signal_action(signal, Some(&[0; 16]));
+        }
+    }
+    // Fails for no mask that exists.
+    let _unblocked = SigSet::empty().thread_set_mask();
+}
+
+/// Lets `command` start as if nobody had started us in an odd way: no signal ignored or blocked, no capability that exec would hand
+/// down, no protection from the kernel's choice of what to kill when memory is short. std passes the mask of its caller on, and a
+/// guardian blocks what it reads from its signalfd: a build that cannot be terminated, only killed, would be the result.
 #[expect(unsafe_code, reason = "pre_exec; the closure is async-signal-safe")]
-pub fn with_no_signal_blocked(command: &mut Command) -> &mut Command {
-    // SAFETY: between fork and exec only async-signal-safe functions are allowed; sigprocmask is one (signal-safety(7)), and
+pub fn with_clean_state(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec only async-signal-safe functions are allowed (signal-safety(7)). These are bare system calls, and
     // nothing is allocated.
-    unsafe { command.pre_exec(|| Ok(SigSet::empty().thread_set_mask()?)) }
+    unsafe {
+        command.pre_exec(|| {
+            for signal in SIGNALS {
+                // Refused for SIGKILL and SIGSTOP.
+                let _reset = signal_action(signal, Some(&[0; 16]));
+            }
+            SigSet::empty().thread_set_mask()?;
+            // Kernels without ambient capabilities hand none down.
+            let _cleared = rustix::thread::clear_ambient_capability_set();
+            give_up_oom_protection(c"/proc/self/oom_score_adj");
+            Ok(())
+        })
+    }
+}
+
+/// A supervisor may keep the kernel from killing the daemon when memory is short. A build that eats the memory should not have that
+/// protection. Async-signal-safe.
+fn give_up_oom_protection(score: &std::ffi::CStr) {
+    use rustix::fs::{Mode, OFlags, open};
+    let Ok(file) = open(score, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) else { return };
+    let mut first = [0; 1];
+    if rustix::io::read(&file, &mut first).is_ok_and(|n| n == 1) && first[0] == b'-' {
+        let _given_up = rustix::io::pwrite(&file, b"0\n", 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With files: many machines for tests do not let anybody protect himself.
+    #[test]
+    fn protection_from_the_oom_killer_is_given_up_and_the_opposite_is_kept() {
+        let path = std::env::temp_dir().join(format!("buildreactor-oom-{}", std::process::id()));
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        for (before, after) in [("-1000\n", "0\n"), ("-1\n", "0\n"), ("0\n", "0\n"), ("300\n", "300\n")] {
+            std::fs::write(&path, before).unwrap();
+            give_up_oom_protection(&name);
+            assert!(std::fs::read_to_string(&path).unwrap().starts_with(after), "{before}");
+        }
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -20,7 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Pid, getpid, getppid, setsid};
 use rustix::process::{WaitOptions, wait};
 
-use super::fork::with_no_signal_blocked;
+use super::fork::with_clean_state;
 use super::namespace::{Namespace, Told};
 use super::notes::Notes;
 use super::protocol::{End, Spec, Status};
@@ -113,7 +113,8 @@ impl<'a> Guardian<'a> {
         mask.thread_block().map_err(failed("block signals"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
             .map_err(failed("open a signalfd"))?;
-        let log = OutputWriter::create(&spec.dir, spec.file_limit);
+        let mut log = OutputWriter::create(&spec.dir, spec.file_limit);
+        log.write(spec.notes.as_bytes());
 
         let (output, stdout) = std::io::pipe().map_err(|error| format!("open a pipe: {error}"))?;
         let stderr = stdout.try_clone().map_err(|error| format!("open a pipe: {error}"))?;
@@ -372,7 +373,7 @@ impl<'a> Guardian<'a> {
 /// # Errors
 /// As a line for people.
 pub fn spawn(command: &mut Command) -> Result<Pid, String> {
-    let child = with_no_signal_blocked(command).spawn().map_err(|error| {
+    let child = with_clean_state(command).spawn().map_err(|error| {
         let program = command.get_program();
         let missing = error.kind() == std::io::ErrorKind::NotFound;
         let first_line = if missing { blame_first_line(Path::new(program)) } else { None };

@@ -142,11 +142,10 @@ fn run(dir: &Path) -> std::io::Result<()> {
         // The numbers in there would be of other processes.
         return Err(std::io::Error::other("`/proc` is of another PID namespace; mount it anew in this one"));
     }
-    let mut lock = own_file(&dir.join(LOCK))?;
+    let lock = own_file(&dir.join(LOCK))?;
     // The daemon waited for it before; a guardian that is still dying holds it a moment longer.
     lock.lock()?;
-    lock.set_len(0)?;
-    lock.write_all(getpid().to_string().as_bytes())?;
+    super::write_over(&lock, &getpid().to_string())?;
     let path = std::path::absolute(dir)?;
     std::env::set_current_dir(dir)?;
     let found = std::fs::metadata(".")?;

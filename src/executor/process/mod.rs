@@ -8,18 +8,23 @@ pub mod keeper;
 mod namespace;
 mod notes;
 mod peer;
+mod prepare;
 mod protocol;
+mod remove;
+mod tidy;
 mod tree;
 
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use self::client::{KeeperClient, left};
-pub use self::fork::set_environment;
-use self::protocol::{End, Spec, Status};
+pub use self::fork::{is_ignored, reset_signals, set_environment};
+use self::prepare::{Unprepared, prepare};
+use self::protocol::{End, Status};
+pub use self::remove::remove_path;
+use self::tidy::ALL_LEVELS;
+pub use self::tidy::{RECORDED, is_untidy, reopen, started, tidy};
 use super::{Begin, Executor, Folders, Ready, Running, Tether, boot_id, human};
 use crate::logs::private;
 use crate::model::{BuildId, Builder, Ended, Exit, Job, Outcome, Usage, clean_line};
@@ -30,14 +35,11 @@ pub const KILL_AFTER: Duration = Duration::from_secs(5);
 /// After a build could not be started here: others may take them.
 const UNABLE: Duration = Duration::from_secs(30);
 
+/// Likewise where the disk was full, which the end of another build may have mended.
+const FULL: Duration = Duration::from_secs(5);
+
 /// EX_TEMPFAIL of sysexits.h: the script says that the machinery failed, and to try again.
 pub const TEMPFAIL: i32 = 75;
-
-/// Which attempt a folder was made for: its start, as the database has it.
-const MARK: &str = "started";
-
-/// The status of an attempt whose end is recorded.
-pub const RECORDED: &str = "recorded.json";
 
 /// What the process executor needs to know.
 #[derive(Clone, Debug)]
@@ -73,10 +75,26 @@ impl ProcessExecutor {
         Ok(ProcessExecutor { settings, keeper, unable: Mutex::default() })
     }
 
+    /// Nothing was started, and nothing is for `pause`.
+    fn give_back(&self, job: &Job, error: &str, pause: Duration) -> Ended {
+        let why = format!("worker `{}` cannot start builds: {error}", job.worker);
+        let detail = format!("given back: {why}");
+        *self.unable.lock().unwrap_or_else(PoisonError::into_inner) = Some((why, Instant::now() + pause));
+        Ended::without_process(Outcome::GivenBack, detail)
+    }
+
     async fn run_script(&self, job: &Job, begin: Begin, tether: Tether) -> Ended {
+        let dir = job.dir.clone();
+        let reopen = || {
+            tokio::task::spawn_blocking({
+                let dir = dir.clone();
+                move || reopen(&dir, ALL_LEVELS)
+            })
+        };
         let status = match begin {
             Begin::Adopt => {
-                if !is_of(&job.dir, job.started_us) {
+                let _reopened = reopen().await;
+                if started(&job.dir) != Some(job.started_us) {
                     // Nobody had an answer to its beginning.
                     let detail = format!("given back: worker `{}` has nothing of it", job.worker);
                     return Ended::without_process(Outcome::GivenBack, detail);
@@ -102,26 +120,22 @@ impl ProcessExecutor {
             }
             Begin::Start => {
                 let (for_files, settings) = (job.clone(), self.settings.clone());
-                let prepared =
-                    tokio::task::spawn_blocking(move || prepare(&for_files, &settings)).await.map_err(io::Error::other);
-                match prepared.and_then(|result| result) {
+                let prepared = tokio::task::spawn_blocking(move || prepare(&for_files, &settings)).await;
+                match prepared.unwrap_or_else(|error| Err(io::Error::other(error).into())) {
                     Ok(spec) => match self.keeper.run(spec, &tether).await {
                         Ok(Ok(status)) => Ok(status),
-                        Ok(Err(error)) => {
-                            let why = format!("worker `{}` cannot start builds: {error}", job.worker);
-                            let detail = format!("given back: {why}");
-                            *self.unable.lock().unwrap_or_else(PoisonError::into_inner) =
-                                Some((why, Instant::now() + UNABLE));
-                            return Ended::without_process(Outcome::GivenBack, detail);
-                        }
+                        Ok(Err(error)) => return self.give_back(job, &error.to_string(), UNABLE),
                         Err(error) => Err(error),
                     },
-                    Err(error) => {
+                    Err(Unprepared::Full(error)) => return self.give_back(job, &error.to_string(), FULL),
+                    Err(Unprepared::Failed(error)) => {
                         return Ended::without_process(Outcome::Error, format!("cannot prepare the build: {error}"));
                     }
+                    Err(Unprepared::Recipe(why)) => return Ended::without_process(Outcome::Impossible, why),
                 }
             }
         };
+        let _reopened = reopen().await;
         match status {
             Ok(status) => ended(&status),
             Err(error) => Ended::without_process(Outcome::Error, format!("the keeper failed: {error}")),
@@ -162,76 +176,15 @@ impl Executor for ProcessExecutor {
     }
 }
 
-/// Makes the attempt's folder: the script, `build.json`, the working directory.
-fn prepare(job: &Job, settings: &Settings) -> io::Result<Spec> {
-    let named = |what: &str, path: &Path| {
-        let text = format!("{what} `{}`", path.display());
-        move |error: io::Error| io::Error::new(error.kind(), format!("{text}: {error}"))
-    };
-    let dir = &job.dir;
-    // Left by another database that used the same state_dir.
-    if dir.exists() {
-        std::fs::remove_dir_all(dir).map_err(named("remove", dir))?;
-    }
-    private::make_dir(dir).map_err(named("make", dir))?;
-    let workdir =
-        if job.keep_workspace { settings.folders.kept_workspace(&job.builder, job.slot) } else { dir.join("work") };
-    let cache = settings.folders.cache(&job.builder);
-    for folder in [&workdir, &cache] {
-        std::fs::create_dir_all(folder).map_err(named("make", folder))?;
-    }
-    let mark = dir.join(MARK);
-    private::write(&mark, job.started_us.to_string().as_bytes()).map_err(named("write", &mark))?;
-    let file = dir.join("build.json");
-    private::write(&file, job.row.as_bytes()).map_err(named("write", &file))?;
-    let text = job.script.as_deref().unwrap_or_default();
-    let script = dir.join("script");
-    write_script(&script, text).map_err(named("write", &script))?;
-    let script = path_text(&script)?;
-    let command =
-        if text.starts_with("#!") { vec![script] } else { vec!["/bin/sh".to_owned(), "-e".to_owned(), script] };
-    Ok(Spec {
-        id: job.id.to_string(),
-        command,
-        env: environment::of(job, &path_text(&workdir)?, &path_text(&cache)?, &path_text(&file)?),
-        workdir,
-        dir: dir.clone(),
-        timeout_ms: millis(job.timeout),
-        silence_ms: job.silence_timeout.map(millis),
-        kill_after_ms: millis(KILL_AFTER),
-        file_limit: settings.file_limit,
-        // Filled in when it is started.
-        until_ms: 0,
-        namespace: settings.pid_namespace,
-    })
-}
-
-fn write_script(path: &Path, text: &str) -> io::Result<()> {
-    use std::io::Write;
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o700).open(path)?;
-    // Whatever the umask.
-    file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
-    file.write_all(text.as_bytes())?;
-    // People's editors end files with a newline; people's SQL does not.
-    if !text.ends_with('\n') {
-        file.write_all(b"\n")?;
-    }
-    Ok(())
-}
-
-fn path_text(path: &Path) -> io::Result<String> {
-    path.to_str()
-        .map(str::to_owned)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("`{}` is not UTF-8", path.display())))
+/// Replaces what is in a small file. On a full disk too, when something was in it: it takes no new block.
+fn write_over(file: &std::fs::File, text: &str) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    file.write_all_at(text.as_bytes(), 0)?;
+    file.set_len(text.len() as u64)
 }
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Whether the folder of an attempt was made for this one, and not for one of the same number in another database.
-fn is_of(dir: &Path, started_us: i64) -> bool {
-    std::fs::read_to_string(dir.join(MARK)).is_ok_and(|mark| mark.split(' ').next() == Some(&started_us.to_string()))
 }
 
 /// Translates what the guardian saw into an outcome and a line for people.
@@ -292,26 +245,6 @@ fn ended(status: &Status) -> Ended {
 fn signal_name(number: i32) -> String {
     nix::sys::signal::Signal::try_from(number)
         .map_or_else(|_| format!("signal {number}"), |signal| signal.as_str().to_owned())
-}
-
-/// Removes the working directory of an attempt whose end is recorded and that does not keep it, joins its log into one file, and marks
-/// the folder as done with.
-///
-/// # Errors
-/// Something could not be removed.
-pub fn tidy(dir: &Path) -> io::Result<()> {
-    // Given back before anything was started.
-    if !dir.exists() {
-        return Ok(());
-    }
-    crate::logs::file::finish(dir)?;
-    if dir.join(guardian::STATUS).exists() {
-        std::fs::rename(dir.join(guardian::STATUS), dir.join(RECORDED))?;
-    } else {
-        private::write(&dir.join(RECORDED), b"{}")?;
-    }
-    let work: PathBuf = dir.join("work");
-    if work.exists() { std::fs::remove_dir_all(work) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -70,6 +70,9 @@ pub struct Spec {
     pub workdir: PathBuf,
     /// The whole environment.
     pub env: Vec<(String, String)>,
+    /// What the log says before the output of the build; whole lines.
+    #[serde(default)]
+    pub notes: String,
     /// Folder of the attempt; exists. The guardian writes `log`, `log.N` and `status.json` there.
     pub dir: PathBuf,
     /// Limit for the attempt, milliseconds.
