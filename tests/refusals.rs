@@ -126,6 +126,24 @@ async fn a_start_that_a_trigger_or_a_right_refuses_says_so_and_goes_on_when_it_i
 }
 
 #[tokio::test]
+async fn a_right_that_the_worker_lacks_is_said_in_psql_and_costs_no_build() {
+    let db = Db::new().await;
+    let end = db.with_roles();
+    db.builder("linux", "true").await;
+    db.execute(&format!(
+        "REVOKE UPDATE ON builds FROM worker_{end}; GRANT UPDATE (state, detail) ON builds TO worker_{end}"
+    ))
+    .await;
+    let _daemon =
+        Daemon::start_at(&db.url_as(&format!("daemon_{end}")), "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
+    let build = db.enqueue("linux").await;
+    db.wait("SELECT waiting_because LIKE 'the database refuses to start it: % permission denied for table builds%' FROM queue_status").await;
+    db.execute(&format!("GRANT UPDATE ON builds TO worker_{end}")).await;
+    assert_eq!(db.finished(build).await, "passed");
+    assert_eq!(db.one::<i32>("SELECT attempt FROM builds").await, 1, "it was not charged");
+}
+
+#[tokio::test]
 async fn a_result_that_is_refused_is_said_and_recorded_once_it_is_allowed() {
     for refuse in [
         "CREATE TRIGGER no BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'passed') EXECUTE FUNCTION no()",

@@ -220,7 +220,7 @@ async fn a_newer_build_takes_the_place_of_those_alone_that_would_not_start_befor
     let of_bob = insert(&bob, ", priority", ", -100");
     assert_eq!(db.finished(of_alice).await, "superseded");
     let detail: String = db.one(&format!("SELECT detail FROM builds WHERE id = {of_alice}")).await;
-    assert_eq!(detail, format!("superseded by build {of_bob} of {bob}"));
+    assert_eq!(detail, format!("superseded by build {of_bob} of {bob}"), "it was not alice who did it");
     assert_eq!(db.one::<i32>(&format!("SELECT priority FROM build_queue WHERE build_id = {of_bob}")).await, 9);
     db.wait("SELECT count(*) = 1 FROM build_queue WHERE coalesce_key = 'main'").await;
 }

@@ -191,7 +191,7 @@ BEGIN
         IF FOUND THEN
             UPDATE farm.builds b
             SET state = 'superseded', superseded_by = newest, finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
-                detail = (SELECT format('superseded by build %s of %s', newest, n.queued_by) FROM farm.builds n WHERE n.id = newest)
+                detail = (SELECT concat_ws(' of ', 'superseded by build ' || newest, nullif(n.queued_by, b.submitted_by)) FROM farm.builds n WHERE n.id = newest)
             WHERE b.id = older.build_id;
             DELETE FROM farm.build_queue q WHERE q.build_id = older.build_id;
             -- Nor for want of a priority that somebody has given.
