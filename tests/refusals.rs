@@ -173,7 +173,7 @@ async fn a_result_that_is_refused_is_said_and_recorded_once_it_is_allowed() {
         // For longer than another worker would wait for a claim that is lost.
         db.wait("SELECT clock_timestamp() - started_at > interval '15 s' FROM builds WHERE id = 1").await;
         assert!(db.one::<bool>(&format!("SELECT claim_held FROM running_builds WHERE build_id = {build}")).await);
-        assert!(daemon.times_said("cannot be recorded yet") <= 2, "not each second");
+        assert!(daemon.times_said("cannot record the result of build") <= 2, "not each second");
         db.execute(
             "DROP TRIGGER IF EXISTS no ON builds; ALTER TABLE builds DROP CONSTRAINT IF EXISTS nothing_passes_on_a_day",
         )

@@ -138,7 +138,7 @@ async fn a_result_that_waits_for_an_open_transaction_is_named_and_recorded_after
     .unwrap();
     std::fs::write(&gate, "").unwrap();
     db.wait("SELECT detail LIKE 'its result waits for an open transaction of postgres (notebook, process %)' FROM running_builds").await;
-    daemon.says("its result, passed, waits for an open transaction of postgres (notebook, process ").await;
+    daemon.says("the result of build 1.1, passed, waits for an open transaction of postgres (notebook, process ").await;
     let began = Instant::now();
     let refused = db.refusal(&format!("SELECT cancel_build({build})")).await;
     assert!(refused.contains("notebook") && began.elapsed() < A_SECOND, "{refused}");

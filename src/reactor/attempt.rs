@@ -582,7 +582,7 @@ impl<'a> Attempt<'a> {
                 Err(error) => {
                     let why = self.unrecorded(ended, &error).await;
                     if warned.as_ref().is_none_or(|(at, said)| at.elapsed() > COMPLAIN || *said != why) {
-                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "build {id}: {why}");
+                        tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "{why}");
                         warned = Some((Instant::now(), why));
                     }
                     if error.sqlstate().is_some() && !claim.is_over() {
@@ -598,13 +598,13 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Why the result could not be recorded, in words. What the database refuses is said in `builds` as well.
+    /// Why the result could not be recorded, for the log. What the database refuses is said in `builds` as well.
     async fn unrecorded(&self, ended: &Ended, error: &DatabaseError) -> String {
         let (id, database) = (self.job.id, &self.shared.database);
         let result = ended.outcome.attempt_state();
         if error.sqlstate() == Some(LOCK_TIMEOUT) {
             let holder = database.holder(id.build).await.unwrap_or_else(|_| "an open transaction".to_owned());
-            return format!("its result, {result}, waits for {holder}");
+            return format!("the result of build {id}, {result}, waits for {holder}");
         }
         let why = format!("its result, {result}, cannot be recorded yet: {}", Chain(error));
         if error.is_refusal()
@@ -612,7 +612,7 @@ impl<'a> Attempt<'a> {
         {
             tracing::debug!(error = %Chain(&error), "psql was not told");
         }
-        why
+        format!("cannot record the result of build {id} yet: {}", Chain(error))
     }
 
     fn tell(&self, ended: &Ended, recorded: Option<&Recorded>, took: Duration) {
