@@ -13,6 +13,7 @@ mod faults;
 mod leases;
 mod leases_faults;
 mod leases_limits;
+mod leases_mixed;
 mod logs;
 mod mail;
 mod netns;

@@ -123,7 +123,9 @@ SELECT w.name AS worker,
        date_trunc('seconds', clock_timestamp() - w.seen_at) AS seen_ago,
        w.detail,
        w.accepting,
-       w.unready
+       w.unready,
+       w.lease,
+       w.grace
 FROM farm.workers w
 LEFT JOIN alive a ON a.objid = (hashtext(w.name)::bigint & 4294967295)::oid
 ORDER BY w.name;
@@ -142,6 +144,8 @@ COMMENT ON COLUMN farm.worker_status.seen_ago IS 'How long ago it last looked at
 COMMENT ON COLUMN farm.worker_status.detail IS 'One line for a person.';
 COMMENT ON COLUMN farm.worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
 COMMENT ON COLUMN farm.worker_status.unready IS 'Builders whose builds it could not start when it last tried, each with the reason.';
+COMMENT ON COLUMN farm.worker_status.lease IS 'How long its builds live without a claim. Null: its program is older than the tables, and starts nothing.';
+COMMENT ON COLUMN farm.worker_status.grace IS 'How long it leaves a running build that nobody holds alone, or longer by as much as that build''s lease is longer than its own.';
 
 CREATE OR REPLACE VIEW farm.queue_status AS
 WITH waiting AS (
@@ -159,7 +163,9 @@ WITH waiting AS (
               ORDER BY p.finished_at DESC LIMIT 30) f
     ) u
 ), live AS MATERIALIZED (
-    SELECT worker, status, accepting, detail, unready, labels, builders, running < slots AS idle FROM farm.worker_status WHERE status IN ('active', 'draining')
+    SELECT worker, status, accepting AND lease IS NOT NULL AS accepting,
+           CASE WHEN lease IS NULL THEN 'of a program older than the tables: install the one that migrated them, and restart it' ELSE detail END AS detail,
+           unready, labels, builders, running < slots AS idle FROM farm.worker_status WHERE status IN ('active', 'draining')
 ), offers AS MATERIALIZED (
     -- In one pass: a view that looks costly is compiled by PostgreSQL (jit), and that takes longer than running it.
     SELECT r.name, count(w.worker) > 0 AS fitting, coalesce(bool_or(w.accepting AND NOT w.unready ? r.name), false) AS accepting,

@@ -2,6 +2,7 @@
 -- transaction holds the queue row. No row comes back when the builder no longer allows it.
 -- $1 bigint  build    $2 text  worker    $3 integer  builder slot held    $4 text[]  labels of the worker
 -- $5 text[]  units of build_locks held    $6 text  id of the worker's folder    $7 text  id of its machine's boot
+-- $8 float8  the lease that its processes are given, seconds
 -- Locks: the builds row, for the length of this statement.
 -- What runs is found through the newest attempt of a slot: behind a long claim an index of what runs is full of dead entries.
 WITH builder AS MATERIALIZED (
@@ -46,8 +47,8 @@ WITH builder AS MATERIALIZED (
     WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL
     RETURNING b.attempt, b.started_at, b.queued_at, b.properties, to_jsonb(b)::text AS row_json
 ), tried AS (
-    INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units)
-    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5 FROM started s CROSS JOIN builder r
+    INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units, lease)
+    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5, make_interval(secs => $8::float8) FROM started s CROSS JOIN builder r
 )
 SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, s.row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
        -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.

@@ -16,6 +16,7 @@ mod embedded {
 
 pub(super) const API: &[&str] = &[
     include_str!("../../sql/api/10_triggers.sql"),
+    include_str!("../../sql/api/12_leases.sql"),
     include_str!("../../sql/api/20_views.sql"),
     include_str!("../../sql/api/30_functions.sql"),
     include_str!("../../sql/api/40_mail.sql"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_postgres::types::ToSql;
 
 use super::{Database, Result, answered};
-use crate::model::{AttemptId, BuildId, Job, Seen};
+use crate::model::{AttemptId, BuildId, Job, Seen, UNKNOWN_LEASE};
 
 macro_rules! statements {
     ($($name:ident = $file:literal;)*) => {
@@ -97,6 +97,10 @@ pub struct Hello {
     pub labels: Vec<String>,
     /// Patterns of builder names.
     pub builders: Vec<String>,
+    /// How long its builds live without a claim.
+    pub lease: Duration,
+    /// How long it leaves other workers' builds that nobody holds alone.
+    pub grace: Duration,
 }
 
 /// What a worker hears when it reports in.
@@ -187,7 +191,16 @@ impl Database {
             STEP,
             session.query_opt(
                 &sql,
-                &[&build.0, &hello.name, &slot, &hello.labels, &lock_units, &hello.folder, &hello.boot],
+                &[
+                    &build.0,
+                    &hello.name,
+                    &slot,
+                    &hello.labels,
+                    &lock_units,
+                    &hello.folder,
+                    &hello.boot,
+                    &hello.lease.as_secs_f64(),
+                ],
             ),
         )
         .await?
@@ -220,17 +233,17 @@ impl Database {
         }))
     }
 
-    /// Counts a claim that was taken again, while its row is locked; comes back with the keys of its advisory locks, to be
+    /// Counts a claim that was taken again, while its row is locked, by a worker that gives its processes `lease` from now on; comes back with the keys of its advisory locks, to be
     /// [held](super::Claim::hold) again. `None`: the attempt is not its build's running one any more.
     ///
     /// # Errors
     /// Unknown then; the claim is not to be relied on.
-    pub async fn count_claim(&self, id: AttemptId, started_us: i64) -> Result<Option<AdvisoryKeys>> {
+    pub async fn count_claim(&self, id: AttemptId, started_us: i64, lease: Duration) -> Result<Option<AdvisoryKeys>> {
         const STEP: &str = "count a claim";
         let session = self.work().await?;
-        let row =
-            answered(STEP, session.query_opt(&*self.schema.sql(CLAIM_COUNT), &[&id.build.0, &id.attempt, &started_us]))
-                .await?;
+        let (lease, unknown) = (lease.as_secs_f64(), UNKNOWN_LEASE.as_secs_f64());
+        let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &started_us, &lease, &unknown];
+        let row = answered(STEP, session.query_opt(&*self.schema.sql(CLAIM_COUNT), &values)).await?;
         Ok(row.map(|row| AdvisoryKeys { classes: row.get("classes"), keys: row.get("keys") }))
     }
 
@@ -350,6 +363,8 @@ impl Database {
                     &accepting,
                     &hello.folder,
                     &tokio_postgres::types::Json(unready),
+                    &hello.lease.as_secs_f64(),
+                    &hello.grace.as_secs_f64(),
                 ],
             ),
         )

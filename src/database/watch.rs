@@ -279,6 +279,8 @@ impl Watch {
                 builder: row.get("builder"),
                 slot: row.get("slot"),
                 claims: row.get("claims"),
+                lease: row.get::<_, Option<f64>>("lease_seconds").map(seconds),
+                held: row.get("held"),
             })
             .collect())
     }
