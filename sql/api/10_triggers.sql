@@ -49,8 +49,7 @@ BEGIN
     NEW.ready := NEW.needs = '{}' AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
     -- Not for a row that the primary key will refuse.
     IF fresh AND NEW.coalesce_key IS NOT NULL THEN
-        -- One INSERT of a key at a time, or two would not see each other's row. Class -3, until the end of the transaction.
-        PERFORM pg_advisory_xact_lock(-3, hashtext(NEW.builder || ' ' || NEW.coalesce_key));
+        PERFORM farm.build_coalesce_lock(NEW.builder, NEW.coalesce_key);
         PERFORM farm.build_queue_supersede(NEW.builder, NEW.coalesce_key, NEW.build_id);
     END IF;
     RETURN NEW;
@@ -278,9 +277,10 @@ CREATE OR REPLACE FUNCTION farm.build_queue_ask() RETURNS trigger
 #variable_conflict use_variable
 BEGIN
     -- A running build's row is locked for hours, and no trigger of the row's comes before that wait. So whoever may be going to
-    -- wait says so with a lock (class -4); the worker that holds the row sees it waiting, steps aside for a moment, and
+    -- wait says so with a lock (ask, in build_advisory_locks); the worker that holds the row sees it waiting, steps aside for a moment, and
     -- build_queue_refuse gives it an answer. Should no worker do so, the wait ends all the same.
-    PERFORM pg_advisory_xact_lock_shared(-4, 0);
+    -- Nobody else has reason to have it: if somebody has, this wait ends as if there were no worker.
+    PERFORM pg_try_advisory_xact_lock_shared(2041775265, pg_backend_pid());
     IF current_setting('buildreactor.lock_timeout', true) IS NULL OR current_setting('buildreactor.lock_timeout', true) = '' THEN
         PERFORM set_config('buildreactor.lock_timeout', current_setting('lock_timeout'), true);
     END IF;

@@ -8,6 +8,7 @@ pub mod claim;
 pub mod conninfo;
 mod error;
 pub mod examine;
+mod keys;
 pub mod mail;
 pub mod migrate;
 pub mod queries;

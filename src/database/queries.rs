@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio_postgres::types::ToSql;
 
-use super::{Database, Result, answered};
+use super::{Database, Result, answered, keys};
 use crate::model::{AttemptId, BuildId, Job, Seen, UNKNOWN_LEASE};
 
 macro_rules! statements {
@@ -29,6 +29,7 @@ statements! {
     CLAIM_ROW = "claim_row.sql";
     CLAIM_SLOT = "claim_slot.sql";
     CLAIM_UNCHANGED = "claim_unchanged.sql";
+    LOCK_HOLDER = "lock_holder.sql";
     LOG_DELETE = "log_delete.sql";
     LOG_INSERT = "log_insert.sql";
     LOG_PIECES = "log_pieces.sql";
@@ -244,7 +245,18 @@ impl Database {
         let (lease, unknown) = (lease.as_secs_f64(), UNKNOWN_LEASE.as_secs_f64());
         let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &started_us, &lease, &unknown];
         let row = answered(STEP, session.query_opt(&*self.schema.sql(CLAIM_COUNT), &values)).await?;
-        Ok(row.map(|row| AdvisoryKeys { classes: row.get("classes"), keys: row.get("keys") }))
+        Ok(row.map(|row| {
+            let numbers: Vec<i32> = row.get("lock_numbers");
+            let units: Vec<i32> = row.get("lock_units");
+            AdvisoryKeys {
+                classes: std::iter::once(keys::SLOT.0 + row.get::<_, i32>("number"))
+                    .chain(numbers.iter().map(|number| keys::UNIT.0 + number))
+                    .collect(),
+                keys: std::iter::once(keys::SLOT.1 + row.get::<_, i32>("slot"))
+                    .chain(units.iter().map(|unit| keys::UNIT.1 + unit))
+                    .collect(),
+            }
+        }))
     }
 
     /// The pieces of a log that are there, in order.
