@@ -252,7 +252,9 @@ async fn a_statement_of_a_person_waits_for_no_lock_of_a_stranger() {
     for sql in [
         format!("{INSERT} VALUES ('b', 'main', '2100-01-01')"),
         format!("{INSERT} SELECT 'b', 'main', '2100-01-01' FROM generate_series(1, 100)"),
-        format!("BEGIN; {INSERT} VALUES ('b', 'main', '2100-01-01'); {INSERT} VALUES ('b', 'main', '2100-01-01'); COMMIT"),
+        format!(
+            "BEGIN; {INSERT} VALUES ('b', 'main', '2100-01-01'); {INSERT} VALUES ('b', 'main', '2100-01-01'); COMMIT"
+        ),
     ] {
         let began = Instant::now();
         let output = db.psql(&["-c", &sql]);
