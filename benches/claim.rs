@@ -219,6 +219,8 @@ fn bench() -> Hello {
         slots: 2,
         labels: none(),
         builders: none(),
+        lease: Duration::from_secs(40),
+        grace: Duration::from_secs(60),
     }
 }
 

@@ -33,7 +33,7 @@ GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer", :"operato
 SET LOCAL search_path = :"schema";
 
 -- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
-GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats, mail_status TO :"viewer";
+GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats, mail_status, build_advisory_locks TO :"viewer";
 GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_steps, build_locks, build_schedules, build_subscriptions, build_mail, workers TO :"viewer";
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
               retry_failed, keep_workspace, paused, paused_reason, branch_property) ON builders TO :"viewer";

@@ -48,7 +48,10 @@ async fn a_claim_that_is_taken_again_gets_its_slot_as_soon_as_it_can_be_had() {
     let other = db.session().await;
     let number: i32 = db.one("SELECT number FROM builders").await;
     let first_in_line = tokio::spawn(async move {
-        other.batch_execute(&format!("BEGIN; SELECT pg_advisory_xact_lock({number}, 1)")).await.unwrap();
+        other
+            .batch_execute(&format!("BEGIN; SELECT pg_advisory_xact_lock(733512904 + {number}, 417066218 + 1)"))
+            .await
+            .unwrap();
         other
     });
     db.wait("SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").await;

@@ -1,6 +1,7 @@
 //! One integration binary, a module a feature. Everything is real: PostgreSQL, daemons, processes, psql.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests fail by panicking")]
 
+mod advisory_locks;
 mod buildbot;
 mod claims;
 mod clock_change;
@@ -15,6 +16,7 @@ mod keeper;
 mod leases;
 mod leases_faults;
 mod leases_limits;
+mod leases_mixed;
 mod limits;
 mod logs;
 mod mail;

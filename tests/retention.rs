@@ -158,7 +158,7 @@ async fn one_daemon_prunes_at_a_time_and_leaves_promptly_when_told_to() {
          CREATE TRIGGER slow BEFORE DELETE ON builds FOR EACH ROW EXECUTE FUNCTION slow()",
     )
     .await;
-    const HOLDERS: &str = "SELECT l.pid FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 4294967291 AND l.objid = 0 AND l.granted
+    const HOLDERS: &str = "SELECT l.pid FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 2041775267 AND l.objid = 318804952 AND l.granted
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())";
     let keep = [HOUR, (BUILDS, "1m")];
     let mut first = Daemon::start(&db, "first", &keep).await;

@@ -364,8 +364,9 @@ async fn everything_may_live_in_a_schema_of_its_own() {
 
 /// Takes the last migrations back, as if an older program had been here.
 const BEFORE_V6: &str =
-    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready, DROP COLUMN run;
-    ALTER TABLE build_attempts DROP COLUMN external_worker, DROP COLUMN boot;
+    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready, DROP COLUMN run, DROP COLUMN lease, DROP COLUMN grace;
+    DROP TRIGGER a_begin ON build_attempts; DROP TRIGGER a_lost ON build_attempts;
+    ALTER TABLE build_attempts DROP COLUMN external_worker, DROP COLUMN boot, DROP COLUMN lease;
     ALTER TABLE builders DROP CONSTRAINT buildbot_settings_are_texts_named_master_scheduler_builder,
         DROP CONSTRAINT buildbot_builder_has_no_script_env_or_keep_workspace, DROP CONSTRAINT executor_is_process_or_buildbot,
         ADD CONSTRAINT executor_is_process CHECK (executor IN ('process', 'buildbot')),
@@ -452,7 +453,10 @@ async fn a_drain_stays_with_the_daemon_that_it_was_asked_of_and_so_does_a_goodby
         let row = session
             .query_one(
                 &hello,
-                &[&"w", &"here", &1, &"1", &1, &none, &none, &state, &nothing, &run, &true, &"folder", &unready],
+                &[
+                    &"w", &"here", &1, &"1", &1, &none, &none, &state, &nothing, &run, &true, &"folder", &unready,
+                    &40.0, &60.0,
+                ],
             )
             .await;
         row.unwrap().get("drain")
@@ -482,7 +486,7 @@ async fn an_attempt_of_a_row_that_waits_for_something_does_not_begin() {
     let begin = session.prepare(&here(queries::BEGIN_ATTEMPT)).await.unwrap();
     let begins = async |id: i64| {
         let none = Vec::<String>::new();
-        session.query_opt(&begin, &[&id, &"w", &1, &none, &none, &"folder", &"boot"]).await.unwrap().is_some()
+        session.query_opt(&begin, &[&id, &"w", &1, &none, &none, &"folder", &"boot", &40.0]).await.unwrap().is_some()
     };
     db.execute(&format!("UPDATE build_queue SET needs = '{{{need}}}' WHERE build_id = {id}")).await;
     assert!(!begins(id).await);

@@ -6,6 +6,7 @@
 //! leaves the trace, the faults and the daemons' logs in a folder that it names.
 
 mod faults;
+mod holds;
 mod verdict;
 mod worker;
 
@@ -22,9 +23,14 @@ use self::worker::Worker;
 use crate::support::dice::Random;
 use crate::support::{processes_of, temp_dir};
 
-/// Settings of the workers, as small as they may be.
-const LEASE: Duration = Duration::from_secs(3);
-const GRACE: Duration = Duration::from_secs(14);
+/// `[lease] lease` of the workers, seconds: at first, and what they are restarted with.
+const LEASES: [u64; 3] = [3, 4, 6];
+const OTHER_LEASES: [u64; 4] = [3, 5, 8, 12];
+/// Their grace is longer by this.
+const BEYOND: Duration = Duration::from_secs(11);
+/// A lease, and grace after it, as most of them are.
+const LEASE: Duration = Duration::from_secs(4);
+const GRACE: Duration = Duration::from_secs(15);
 const SLOTS: u32 = 4;
 const MAX_ATTEMPTS: i32 = 20;
 /// name, `max_running`, timeout, fewest and most beats of a tenth of a second, weight.
@@ -220,6 +226,8 @@ async fn nothing_is_lost_and_nothing_runs_twice_whatever_breaks() {
     let info = ConnInfo::from_env(Some(&server.url("postgres"))).unwrap();
     buildreactor::database::migrate::migrate(&info).await.unwrap();
     let mut sql = Sql { url: server.url("postgres"), client: None };
+    // Somebody's own, for those that hold rows.
+    sql.query("ALTER TABLE builds ADD COLUMN note text").await.unwrap();
     let trace = folder.path().join("trace");
     std::fs::write(&trace, "").unwrap();
     for (name, max_running, timeout, ..) in BUILDERS {

@@ -57,6 +57,7 @@ BEGIN
     -- Not for a row that the primary key will refuse. His own builds alone, which nobody else's statement waits for: those of others are
     -- superseded by the next worker that looks.
     IF fresh AND NEW.coalesce_key IS NOT NULL THEN
+        PERFORM farm.build_coalesce_lock(NEW.builder, NEW.coalesce_key);
         NEW.priority := farm.build_queue_coalesce(NEW.builder, NEW.coalesce_key, NEW.build_id, NEW.priority, NEW.run_after, NEW.needs, session_user);
     END IF;
     RETURN NEW;
@@ -179,9 +180,10 @@ CREATE OR REPLACE FUNCTION farm.build_queue_ask() RETURNS trigger
 #variable_conflict use_variable
 BEGIN
     -- A running build's row is locked for hours, and no trigger of the row's comes before that wait. So whoever may be going to
-    -- wait says so with a lock (class -4); the worker that holds the row sees it waiting, steps aside for a moment, and
+    -- wait says so with a lock (ask, in build_advisory_locks); the worker that holds the row sees it waiting, steps aside for a moment, and
     -- build_queue_refuse gives it an answer. Should no worker do so, the wait ends all the same.
-    PERFORM pg_advisory_xact_lock_shared(-4, 0);
+    -- Nobody else has reason to have it: if somebody has, this wait ends as if there were no worker.
+    PERFORM pg_try_advisory_xact_lock_shared(2041775265, pg_backend_pid());
     PERFORM farm.build_wait_briefly('2500ms');
     RETURN NULL;
 END $$;

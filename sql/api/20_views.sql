@@ -76,9 +76,7 @@ COMMENT ON COLUMN farm.running_builds.detail IS 'Why its result cannot be record
 
 CREATE OR REPLACE VIEW farm.builder_status AS
 WITH slots AS MATERIALIZED (
-    SELECT classid::bigint AS number, count(*)::integer AS used FROM pg_locks
-    WHERE locktype = 'advisory' AND objsubid = 2 AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    GROUP BY classid
+    SELECT number, count(*)::integer AS used FROM farm.build_advisory_locks WHERE kind = 'slot' AND ours GROUP BY number
 )
 SELECT r.name AS builder,
        CASE WHEN r.paused THEN 'paused' WHEN coalesce(s.used, 0) > 0 THEN 'busy' ELSE 'idle' END AS status,
@@ -109,13 +107,11 @@ COMMENT ON COLUMN farm.builder_status.paused_reason IS 'Why it is paused.';
 
 CREATE OR REPLACE VIEW farm.worker_status AS
 WITH alive AS MATERIALIZED (
-    -- A living daemon holds an advisory lock on its name, in class -2.
-    SELECT objid FROM pg_locks
-    WHERE locktype = 'advisory' AND classid = 4294967294 AND objsubid = 2 AND granted
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    -- A living daemon holds an advisory lock on its name.
+    SELECT part AS hash, ours, holder FROM farm.build_advisory_locks WHERE kind = 'name'
 )
 SELECT w.name AS worker,
-       CASE WHEN a.objid IS NOT NULL THEN w.state WHEN w.state = 'stopped' THEN 'stopped' ELSE 'gone' END AS status,
+       CASE WHEN a.ours THEN w.state WHEN w.state = 'stopped' THEN 'stopped' ELSE 'gone' END AS status,
        (SELECT count(*) FROM farm.builds b WHERE b.state = 'running' AND b.worker = w.name) AS running,
        w.slots,
        w.labels,
@@ -125,11 +121,13 @@ SELECT w.name AS worker,
        w.version,
        w.started_at,
        date_trunc('seconds', clock_timestamp() - w.seen_at) AS seen_ago,
-       w.detail,
+       CASE WHEN a.ours IS FALSE THEN 'its name is taken by ' || a.holder || ', which is no worker' ELSE w.detail END AS detail,
        w.accepting,
-       w.unready
+       w.unready,
+       w.lease,
+       w.grace
 FROM farm.workers w
-LEFT JOIN alive a ON a.objid = (hashtext(w.name)::bigint & 4294967295)::oid
+LEFT JOIN LATERAL (SELECT n.ours, n.holder FROM alive n WHERE n.hash = hashtext(w.name) ORDER BY n.ours DESC LIMIT 1) a ON true
 ORDER BY w.name;
 COMMENT ON VIEW farm.worker_status IS 'Every worker: active, draining, stopped, or gone (it vanished without a goodbye).';
 COMMENT ON COLUMN farm.worker_status.worker IS 'The worker.';
@@ -146,6 +144,8 @@ COMMENT ON COLUMN farm.worker_status.seen_ago IS 'How long ago it last looked at
 COMMENT ON COLUMN farm.worker_status.detail IS 'One line for a person.';
 COMMENT ON COLUMN farm.worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
 COMMENT ON COLUMN farm.worker_status.unready IS 'Builders whose builds it could not start when it last tried, each with the reason.';
+COMMENT ON COLUMN farm.worker_status.lease IS 'How long its builds live without a claim. Null: its program is older than the tables, and starts nothing.';
+COMMENT ON COLUMN farm.worker_status.grace IS 'How long it leaves a running build that nobody holds alone, or longer by as much as that build''s lease is longer than its own.';
 
 CREATE OR REPLACE VIEW farm.queue_status AS
 WITH waiting AS (
@@ -163,7 +163,9 @@ WITH waiting AS (
               ORDER BY p.finished_at DESC LIMIT 30) f
     ) u
 ), live AS MATERIALIZED (
-    SELECT worker, status, accepting, detail, unready, labels, builders, running < slots AS idle FROM farm.worker_status WHERE status IN ('active', 'draining')
+    SELECT worker, status, accepting AND lease IS NOT NULL AS accepting,
+           CASE WHEN lease IS NULL THEN 'of a program older than the tables: install the one that migrated them, and restart it' ELSE detail END AS detail,
+           unready, labels, builders, running < slots AS idle FROM farm.worker_status WHERE status IN ('active', 'draining')
 ), offers AS MATERIALIZED (
     -- In one pass: a view that looks costly is compiled by PostgreSQL (jit), and that takes longer than running it.
     SELECT r.name, count(w.worker) > 0 AS fitting, coalesce(bool_or(w.accepting AND NOT w.unready ? r.name), false) AS accepting,
@@ -174,16 +176,20 @@ WITH waiting AS (
     LEFT JOIN live w ON w.status = 'active' AND r.labels <@ w.labels AND r.name ~ (
         SELECT '^(' || string_agg(replace(replace(replace(p, '.', '\.'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)
     GROUP BY r.name
+), taken AS MATERIALIZED (
+    SELECT kind, number, part, pid, ours, holder FROM farm.build_advisory_locks WHERE kind IN ('slot', 'unit')
 ), lock_use AS MATERIALIZED (
-    SELECT l.name, l.capacity, count(u.objid) AS used
+    SELECT l.name, l.capacity, count(u.pid) FILTER (WHERE u.ours) AS used, count(u.pid) FILTER (WHERE NOT u.ours) AS taken,
+           string_agg(DISTINCT u.holder, ', ') FILTER (WHERE NOT u.ours) AS takers
     FROM farm.build_locks l
-    LEFT JOIN pg_locks u ON u.locktype = 'advisory' AND u.objsubid = 2 AND u.granted AND u.classid::bigint = 4294966296 - l.number
-        AND u.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    LEFT JOIN taken u ON u.kind = 'unit' AND u.number = l.number AND (u.ours OR u.part <= l.capacity)
     GROUP BY l.name, l.capacity
 ), slots AS MATERIALIZED (
-    SELECT classid::bigint AS number, count(*)::integer AS used FROM pg_locks
-    WHERE locktype = 'advisory' AND objsubid = 2 AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    GROUP BY classid
+    -- taken: by sessions that are none of ours, and have no right to them.
+    SELECT t.number, count(*) FILTER (WHERE t.ours)::integer AS used, count(*) FILTER (WHERE NOT t.ours)::integer AS taken,
+           string_agg(DISTINCT t.holder, ', ') FILTER (WHERE NOT t.ours) AS takers
+    FROM taken t JOIN farm.builders r ON r.number = t.number AND (t.ours OR t.part <= r.max_running)
+    WHERE t.kind = 'slot' GROUP BY t.number
 )
 SELECT w.build_id,
        w.builder,
@@ -205,7 +211,11 @@ SELECT w.build_id,
             WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL
                 THEN w.detail || '; next try at ' || to_char(w.run_after, 'HH24:MI:SS TZ')
             WHEN NOT w.ready THEN 'scheduled for ' || to_char(w.run_after, 'YYYY-MM-DD HH24:MI:SS TZ')
-            WHEN NOT EXISTS (SELECT FROM live) THEN 'no worker is running: start one with buildreactor run'
+            WHEN NOT EXISTS (SELECT FROM live) THEN 'no worker is running: ' || coalesce(
+                (SELECT 'the name of worker ' || l.worker || ' is taken by ' || l.holder || ', which is no worker'
+                 FROM (SELECT w.name AS worker, n.holder FROM farm.workers w JOIN farm.build_advisory_locks n ON n.kind = 'name' AND n.part = hashtext(w.name) AND NOT n.ours
+                       ORDER BY w.name LIMIT 1) l),
+                'start one with buildreactor run')
             WHEN NOT EXISTS (SELECT FROM live l WHERE l.status = 'active') THEN 'the only workers are draining: start one with buildreactor run'
             WHEN NOT o.fitting THEN 'no running worker takes builder ' || w.builder
                 || CASE WHEN r.labels = '{}' THEN '' ELSE ' with labels ' || array_to_string(r.labels, ', ') END || ' ([worker] builders, labels)'
@@ -213,9 +223,11 @@ SELECT w.build_id,
             WHEN EXISTS (SELECT FROM live l WHERE l.unready ? ('#' || w.build_id)) THEN (
                 SELECT min(l.unready ->> ('#' || w.build_id)) FROM live l WHERE l.unready ? ('#' || w.build_id))
             WHEN s.used >= r.max_running THEN 'builder ' || w.builder || ' is busy (' || s.used || ' of ' || r.max_running || ')'
-            WHEN EXISTS (SELECT FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity) THEN 'waits for lock ' || (
-                SELECT string_agg(format('%s (%s of %s in use)', u.name, u.used, u.capacity), ', ' ORDER BY u.name)
-                FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used >= u.capacity)
+            WHEN s.used + s.taken >= r.max_running THEN 'builder ' || w.builder || ' is busy (' || s.used || ' of ' || r.max_running || '); '
+                || s.taken || ' of its slots taken by ' || s.takers || ', which is no worker'
+            WHEN EXISTS (SELECT FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used + u.taken >= u.capacity) THEN 'waits for lock ' || (
+                SELECT string_agg(format('%s (%s of %s in use%s)', u.name, u.used, u.capacity, '; ' || u.taken || ' taken by ' || u.takers || ', which is no worker'), ', ' ORDER BY u.name)
+                FROM lock_use u WHERE u.name = ANY (r.locks) AND u.used + u.taken >= u.capacity)
             WHEN NOT o.idle THEN 'all fitting workers are busy'
             WHEN w.position > 1 THEN 'about to start, after ' || w.position - 1 || CASE w.position WHEN 2 THEN ' other' ELSE ' others' END
             ELSE 'about to start'

@@ -2,7 +2,7 @@
 
 CREATE OR REPLACE FUNCTION farm.build_schema_requires() RETURNS integer
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN 7;
+    RETURN 13;
 COMMENT ON FUNCTION farm.build_schema_requires() IS 'A program that knows migrations up to this number, or further, can work with this schema.';
 
 COMMENT ON TABLE farm.build_schema_history IS 'Migrations that were applied. Internal.';

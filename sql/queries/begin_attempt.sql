@@ -3,6 +3,7 @@
 -- see begin_refusal.sql.
 -- $1 bigint  build    $2 text  worker    $3 integer  builder slot held    $4 text[]  labels of the worker
 -- $5 text[]  units of build_locks held    $6 text  id of the worker's folder    $7 text  id of its machine's boot
+-- $8 float8  the lease that its processes are given, seconds
 -- Locks: the builds row, for the length of this statement; waits for nobody.
 -- What runs is found through the newest attempt of a slot: behind a long claim an index of what runs is full of dead entries.
 WITH free AS MATERIALIZED (
@@ -52,8 +53,8 @@ WITH free AS MATERIALIZED (
     -- A daemon's memory is not to be filled by one row.
     SELECT s.*, octet_length(s.row_json) <= 8388608 AS fits FROM started s
 ), tried AS (
-    INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units)
-    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5 FROM fitting s CROSS JOIN builder r
+    INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units, lease)
+    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5, make_interval(secs => $8::float8) FROM fitting s CROSS JOIN builder r
 )
 SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, CASE WHEN s.fits THEN s.row_json END AS row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
        -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.

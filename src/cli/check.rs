@@ -64,6 +64,7 @@ async fn database(config: &Config, found: &mut Findings) -> anyhow::Result<Vec<O
         worker: config.worker.name.clone(),
         limits,
         lease: config.lease.lease,
+        grace: config.lease.grace,
         masters: config.buildbot.keys().cloned().collect(),
         labels: config.worker.labels.clone(),
         deletes_builds: config.retention.builds.is_some() || config.retention.builds_per_builder.is_some(),

@@ -244,7 +244,7 @@ fn database_exit_code(error: &DatabaseError) -> u8 {
             if error.is_transient() { exit::UNAVAILABLE } else { exit::CONFIG }
         }
         DatabaseError::Statement { .. } if error.sqlstate().is_none() => exit::UNAVAILABLE,
-        DatabaseError::Statement { .. } if error.is_forbidden() => exit::CONFIG,
+        DatabaseError::Statement { .. } if error.is_forbidden() || error.is_bad_data() => exit::CONFIG,
         DatabaseError::Statement { .. } | DatabaseError::Unexpected { .. } => 1,
     }
 }

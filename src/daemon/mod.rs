@@ -99,6 +99,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
         slots,
         labels: worker.labels.clone(),
         builders: worker.builders.clone(),
+        lease: config.lease.lease,
+        grace: config.lease.grace,
     };
     let settings = process::Settings {
         folders: folders.clone(),

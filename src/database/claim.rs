@@ -8,7 +8,7 @@ use tokio_postgres::types::ToSql;
 
 use super::queries::{AdvisoryKeys, Hello};
 use super::schema::Schema;
-use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, queries};
+use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, keys, queries};
 use crate::clock::boottime;
 use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
 
@@ -81,8 +81,18 @@ impl Claim {
         // before, whose snapshot would otherwise stay open with the transaction and make every
         // CREATE INDEX CONCURRENTLY in the database wait for this build.
         let locks = &builder.locks;
-        let slot_of: [&(dyn ToSql + Sync); 6] =
-            [&builder.number, &builder.max_running, &occupied, &locks.numbers, &locks.capacities, &locks.names];
+        let class = keys::SLOT.0 + builder.number;
+        let classes: Vec<i32> = locks.numbers.iter().map(|number| keys::UNIT.0 + number).collect();
+        let slot_of: [&(dyn ToSql + Sync); 8] = [
+            &class,
+            &builder.max_running,
+            &occupied,
+            &classes,
+            &locks.capacities,
+            &locks.names,
+            &keys::SLOT.1,
+            &keys::UNIT.1,
+        ];
         let row_of: [&(dyn ToSql + Sync); 1] = [&ids];
         let (begun, slot, saved, row, closed) = answered(STEP, async {
             Ok(tokio::join!(

@@ -59,9 +59,10 @@ pub enum DatabaseError {
     NameInUse {
         /// The worker name.
         name: String,
-        /// " by process 123 on HOST", where it is known.
+        /// " by process 123 on HOST", or by which role, where it is known.
         by: String,
-        /// By an earlier daemon of this folder, which is dead; the server has not noticed yet.
+        /// By an earlier daemon of this folder, which is dead and the server has not noticed yet, or by nobody who has a right to it: the
+        /// name will be free again.
         stale: bool,
     },
     /// A table, view or column is not there.

@@ -1,5 +1,6 @@
 //! What `buildreactor check` asks of PostgreSQL. It changes nothing; all it sends is a NOTIFY on a channel of its own.
 
+mod leases;
 mod sessions;
 mod sql;
 
@@ -74,6 +75,8 @@ pub struct Asked {
     pub limits: SessionLimits,
     /// `[lease] lease`.
     pub lease: Duration,
+    /// `[lease] grace`.
+    pub grace: Duration,
     /// Buildbot masters that it knows.
     pub masters: Vec<String>,
     /// `[worker] labels`.
@@ -117,6 +120,8 @@ pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Re
         elsewhere = keep_on("buildbot", outcome, found)?.unwrap_or_default();
         let outcome = connections(client, asked, found).await;
         keep_on("connections", outcome, found)?;
+        let outcome = leases::leases(client, asked, found).await;
+        keep_on("leases", outcome, found)?;
     }
     let outcome = timeouts(client, info, asked, found).await;
     keep_on("timeouts", outcome, found)?;

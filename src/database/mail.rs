@@ -1,20 +1,22 @@
 //! `build_mail`: what is to be sent, and what became of it. On work connections.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
-use super::{Database, DatabaseError, Result, answered, queries};
+use super::{Database, DatabaseError, Result, answered, keys, queries};
 use crate::model::BuildId;
 
 /// The most builds of one digest; more are in another.
 const DIGEST: i64 = 1000;
 
-/// First key of the lock under which an address's mails are counted.
-const ADDRESS_LOCK: i32 = -6;
+/// How often, and how long after each other, the lock under which an address's mails are counted is tried. Without it two daemons that
+/// count at the same time may send one mail more than `per_hour`.
+const TRIES: u32 = 40;
+const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// A look begins where the last one ended. From the very beginning only so often: a mail may come late, of a transaction that was open
 /// for longer than `mail_wait.sql` allows for, or of a daemon that was about to claim it and has died.
@@ -28,6 +30,8 @@ pub struct Reach {
     since: Option<Timestamp>,
     /// The first open mail of an address.
     open: HashMap<String, i64>,
+    /// Addresses whose lock somebody keeps: it is not waited for once more.
+    contested: HashSet<String>,
     /// When it was last looked from the beginning.
     whole: Option<Instant>,
 }
@@ -151,8 +155,17 @@ impl Database {
             let (id, address): (i64, String) = (row.get("id"), row.get("address"));
             reach.since = Some(row.get("next_at"));
             // Two daemons that count at once would both find room.
-            const LOCK: &str = "SELECT pg_advisory_xact_lock($1, hashtext(lower($2)))";
-            answered(STEP, transaction.query_one(LOCK, &[&ADDRESS_LOCK, &address])).await?;
+            const LOCK: &str = "SELECT pg_try_advisory_xact_lock($1, hashtext(lower($2)))";
+            for tried in 1.. {
+                if answered(STEP, transaction.query_one(LOCK, &[&keys::ADDRESS, &address])).await?.get(0) {
+                    break;
+                }
+                if tried == TRIES || reach.contested.contains(&address) {
+                    reach.contested.insert(address.clone());
+                    break;
+                }
+                tokio::time::sleep(TRY_AGAIN).await;
+            }
             // Its own row is open, whatever is known.
             let first = reach.open.get(&address).map_or(0, |first| id.min(*first));
             let count = answered(

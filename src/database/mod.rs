@@ -8,6 +8,7 @@ pub mod claim;
 pub mod conninfo;
 mod error;
 pub mod examine;
+mod keys;
 pub mod mail;
 pub mod migrate;
 pub mod queries;
@@ -41,6 +42,9 @@ pub const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// Work connections on top of one for each slot: the start of an attempt and its log do not wait for each other's turn long.
 pub const WORK_CONNECTIONS: u32 = 4;
 
+/// Says to the trigger `a_lost` that this program waits for the lease of an attempt before it gives it up as lost.
+const KNOWS_LEASES: &str = "SET buildreactor.leases = 'known'";
+
 /// The databases' connections of one daemon or command.
 #[derive(Clone)]
 pub struct Database {
@@ -69,7 +73,8 @@ impl Database {
         let schema = Schema::default();
         let pool = |size, settings, kind| pool(&info, &schema, size, settings, &format!("{application_name} {kind}"));
         let work = pool(limits.slots + WORK_CONNECTIONS, session::work(), "work")?;
-        let claims = pool(limits.slots + 1, session::claim(limits.claim_idle), "claim")?;
+        let claims = format!("{}; {KNOWS_LEASES}", session::claim(limits.claim_idle));
+        let claims = pool(limits.slots + 1, claims, "claim")?;
         Ok(Database { info, schema, work, claims })
     }
 

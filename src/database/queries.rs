@@ -7,8 +7,8 @@ use std::time::Duration;
 use backon::{BackoffBuilder, ConstantBuilder};
 use tokio_postgres::types::ToSql;
 
-use super::{Database, Result, answered};
-use crate::model::{AttemptId, BuildId, Job, Seen};
+use super::{Database, Result, answered, keys};
+use crate::model::{AttemptId, BuildId, Job, Seen, UNKNOWN_LEASE};
 
 macro_rules! statements {
     ($($name:ident = $file:literal;)*) => {
@@ -32,6 +32,7 @@ statements! {
     CLAIM_ROW = "claim_row.sql";
     CLAIM_SLOT = "claim_slot.sql";
     CLAIM_UNCHANGED = "claim_unchanged.sql";
+    LOCK_HOLDER = "lock_holder.sql";
     LOG_DELETE = "log_delete.sql";
     LOG_INSERT = "log_insert.sql";
     LOG_PIECES = "log_pieces.sql";
@@ -103,6 +104,10 @@ pub struct Hello {
     pub labels: Vec<String>,
     /// Patterns of builder names.
     pub builders: Vec<String>,
+    /// How long its builds live without a claim.
+    pub lease: Duration,
+    /// How long it leaves other workers' builds that nobody holds alone.
+    pub grace: Duration,
 }
 
 /// What a worker hears when it reports in.
@@ -205,7 +210,16 @@ impl Database {
             STEP,
             session.query_opt(
                 &sql,
-                &[&build.0, &hello.name, &slot, &hello.labels, &lock_units, &hello.folder, &hello.boot],
+                &[
+                    &build.0,
+                    &hello.name,
+                    &slot,
+                    &hello.labels,
+                    &lock_units,
+                    &hello.folder,
+                    &hello.boot,
+                    &hello.lease.as_secs_f64(),
+                ],
             ),
         )
         .await?
@@ -265,18 +279,29 @@ impl Database {
         Ok(answered(STEP, session.query_one(&*self.schema.sql(SQL), &[&build.0])).await?.get(0))
     }
 
-    /// Counts a claim that was taken again, while its row is locked; comes back with the keys of its advisory locks, to be
+    /// Counts a claim that was taken again, while its row is locked, by a worker that gives its processes `lease` from now on; comes back with the keys of its advisory locks, to be
     /// [held](super::Claim::hold) again. `None`: the attempt is not its build's running one any more.
     ///
     /// # Errors
     /// Unknown then; the claim is not to be relied on.
-    pub async fn count_claim(&self, id: AttemptId, started_us: i64) -> Result<Option<AdvisoryKeys>> {
+    pub async fn count_claim(&self, id: AttemptId, started_us: i64, lease: Duration) -> Result<Option<AdvisoryKeys>> {
         const STEP: &str = "count a claim";
         let session = self.work().await?;
-        let row =
-            answered(STEP, session.query_opt(&*self.schema.sql(CLAIM_COUNT), &[&id.build.0, &id.attempt, &started_us]))
-                .await?;
-        Ok(row.map(|row| AdvisoryKeys { classes: row.get("classes"), keys: row.get("keys") }))
+        let (lease, unknown) = (lease.as_secs_f64(), UNKNOWN_LEASE.as_secs_f64());
+        let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &started_us, &lease, &unknown];
+        let row = answered(STEP, session.query_opt(&*self.schema.sql(CLAIM_COUNT), &values)).await?;
+        Ok(row.map(|row| {
+            let numbers: Vec<i32> = row.get("lock_numbers");
+            let units: Vec<i32> = row.get("lock_units");
+            AdvisoryKeys {
+                classes: std::iter::once(keys::SLOT.0 + row.get::<_, i32>("number"))
+                    .chain(numbers.iter().map(|number| keys::UNIT.0 + number))
+                    .collect(),
+                keys: std::iter::once(keys::SLOT.1 + row.get::<_, i32>("slot"))
+                    .chain(units.iter().map(|unit| keys::UNIT.1 + unit))
+                    .collect(),
+            }
+        }))
     }
 
     /// The pieces of a log that are there, in order.
@@ -395,6 +420,8 @@ impl Database {
                     &accepting,
                     &hello.folder,
                     &tokio_postgres::types::Json(unready),
+                    &hello.lease.as_secs_f64(),
+                    &hello.grace.as_secs_f64(),
                 ],
             ),
         )

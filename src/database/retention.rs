@@ -7,14 +7,11 @@ use jiff::Timestamp;
 use tokio_postgres::types::ToSql;
 
 use super::schema::Schema;
-use super::{Database, DatabaseError, Result, answered, queries};
+use super::{Database, DatabaseError, Result, answered, keys, queries};
 
 /// For the length of a round: nobody waits for it long, and what it deletes need not be flushed, because the next round would
 /// delete it again.
 const SESSION: &str = "SET lock_timeout = '1s'; SET statement_timeout = '8s'; SET synchronous_commit = off";
-
-/// Key of the lock that lets one daemon prune at a time.
-const LOCK: (i32, i32) = (-5, 0);
 
 /// The right to prune, until it is dropped: its session ends then, and the lock with it.
 pub struct Pruning {
@@ -41,7 +38,8 @@ pub struct Batch<At> {
 }
 
 impl Database {
-    /// The right to prune. `None`: another daemon has it.
+    /// The right to prune. `None`: another daemon has it. Somebody who is none is not asked: two that prune beside each other are in nobody's
+    /// way, as they wait for no row.
     ///
     /// # Errors
     /// No connection.
@@ -51,8 +49,13 @@ impl Database {
         let session = pruning.session()?;
         answered(STEP, session.batch_execute(SESSION)).await?;
         const SQL: &str = "SELECT pg_try_advisory_lock($1, $2)";
-        let row = answered(STEP, session.query_one(SQL, &[&LOCK.0, &LOCK.1])).await?;
-        Ok(row.get::<_, bool>(0).then_some(pruning))
+        let row = answered(STEP, session.query_one(SQL, &[&keys::RETENTION.0, &keys::RETENTION.1])).await?;
+        if row.get(0) {
+            return Ok(Some(pruning));
+        }
+        let holder = self.schema.sql(queries::LOCK_HOLDER);
+        let holder = answered(STEP, session.query_opt(&*holder, &[&"retention", &None::<&str>])).await?;
+        Ok(holder.is_some_and(|row| !row.get::<_, bool>("ours")).then_some(pruning))
     }
 }
 

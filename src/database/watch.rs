@@ -11,12 +11,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::queries::Hello;
 use super::schema::Schema;
-use super::{ConnInfo, Database, DatabaseError, Result, answered, queries, session};
+use super::{ConnInfo, Database, DatabaseError, Result, answered, keys, queries, session};
 use crate::model::{AttemptId, BuildId, Builder, Candidate, Job, Locks, Unlocked};
-
-/// Class of the advisory locks on workers' names (as `classid` 4294967294 in `pg_locks`). Builders' slots use positive
-/// classes, so ours are negative; -1 is for `migrate`.
-pub const NAME_LOCK_CLASS: i32 = -2;
 
 /// Folds notifications: any number that arrive before the next look are one look.
 #[derive(Default)]
@@ -163,8 +159,15 @@ impl Watch {
         .await?;
         let watch = Watch { client, prepared, gone, _driver: driver };
         const NAME: &str = "SELECT pg_try_advisory_lock($1, hashtext($2))";
-        let name = answered(STEP, watch.client.query_one(NAME, &[&NAME_LOCK_CLASS, &worker])).await?;
+        let name = answered(STEP, watch.client.query_one(NAME, &[&keys::NAME, &worker])).await?;
         if !name.get::<_, bool>(0) {
+            let taken =
+                answered(STEP, watch.client.query_opt(&*schema.sql(queries::LOCK_HOLDER), &[&"name", &Some(worker)]))
+                    .await?;
+            if let Some(other) = taken.filter(|row| !row.get::<_, bool>("ours")) {
+                let by = format!(" by {}, which is no worker", other.get::<_, String>("holder"));
+                return Err(DatabaseError::NameInUse { name: worker.to_owned(), by, stale: true });
+            }
             let holder =
                 answered(STEP, watch.client.query_opt(&*schema.sql(queries::WORKER_HOLDER), &[&worker])).await?;
             let stale = holder.as_ref().is_some_and(|row| row.get::<_, Option<&str>>("folder") == Some(&hello.folder));
@@ -244,7 +247,11 @@ impl Watch {
     /// # Errors
     /// The connection should be given up.
     pub async fn askers(&self, worker: &str) -> Result<Vec<AttemptId>> {
-        let rows = answered("look who waits for a row", self.client.query(&self.prepared.askers, &[&worker])).await?;
+        let rows = answered(
+            "look who waits for a row",
+            self.client.query(&self.prepared.askers, &[&worker, &i64::from(keys::ASK)]),
+        )
+        .await?;
         Ok(rows
             .iter()
             .map(|row| AttemptId { build: BuildId(row.get("build_id")), attempt: row.get("attempt") })
@@ -279,6 +286,8 @@ impl Watch {
                 builder: row.get("builder"),
                 slot: row.get("slot"),
                 claims: row.get("claims"),
+                lease: row.get::<_, Option<f64>>("lease_seconds").map(seconds),
+                held: row.get("held"),
             })
             .collect())
     }

@@ -72,7 +72,10 @@ pub struct Candidate {
     pub priority: i32,
 }
 
-/// A build that says `running` while nobody holds its row.
+/// What the processes of an attempt are taken to live by when its row does not say: the default of the programs that did not write it.
+pub const UNKNOWN_LEASE: Duration = Duration::from_secs(40);
+
+/// A build that says `running` while nobody holds its row, or while a worker of an old program does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unlocked {
     /// The attempt that lost its owner.
@@ -85,6 +88,10 @@ pub struct Unlocked {
     pub slot: i32,
     /// `build_attempts.claims`: another number means that it was held meanwhile.
     pub claims: i32,
+    /// `build_attempts.lease`: the longest that its processes were ever given. `None`: a program older than that column began it.
+    pub lease: Option<Duration>,
+    /// It is held after all, by a program older than that column: its slot is taken, although the lock on it is not.
+    pub held: bool,
 }
 
 /// Everything an executor needs to run one attempt. Of one that is adopted, only what is marked so is there.

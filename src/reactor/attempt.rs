@@ -516,12 +516,13 @@ impl<'a> Attempt<'a> {
         };
         match retaken.await {
             Ok(Some(claim)) => {
-                // Counted before the lease is renewed: see `Lost`.
-                let locks = match self.shared.database.count_claim(id, self.job.started_us).await {
-                    Ok(Some(locks)) => locks,
-                    Ok(None) => return Retaken::NoLongerOurs,
-                    Err(_) => return Retaken::NotNow,
-                };
+                // Counted before the lease is renewed, with the lease that others have to wait for from now on: see `Lost`.
+                let locks =
+                    match self.shared.database.count_claim(id, self.job.started_us, self.shared.settings.lease).await {
+                        Ok(Some(locks)) => locks,
+                        Ok(None) => return Retaken::NoLongerOurs,
+                        Err(_) => return Retaken::NotNow,
+                    };
                 let pulse = Pulse::now();
                 match claim.hold(&locks).await {
                     Ok(whole) => self.unheld = (!whole).then_some(locks),

@@ -97,13 +97,14 @@ impl Reactor {
             }
         }
         if tend {
-            let unlocked = watch.unlocked().await?;
+            let mut unlocked = watch.unlocked().await?;
             self.occupied.clear();
             for build in &unlocked {
                 self.occupied.entry(build.builder.clone()).or_default().push(build.slot);
                 // Its row can be locked, but not claimed: that would be refused.
                 self.candidates.remove(build.id.build);
             }
+            unlocked.retain(|build| !build.held);
             self.timers.lost = now + self.shared.settings.ping.min(LOST);
             // It began here in a statement that got no answer, and that may have come through long after its connection was lost.
             let unknown: Vec<AttemptId> = unlocked
@@ -136,8 +137,11 @@ impl Reactor {
         let told = self.said_not_accepting == self.not_accepting.is_some() && !self.unready.has_news();
         if everything || control || !told {
             // Through another connection: its trouble is not this one's.
-            if let Err(error) = self.report_in().await {
-                tracing::warn!("{}", Chain(&error));
+            match self.report_in().await {
+                Ok(()) => {}
+                // Its numbers do not go with those of this farm.
+                Err(error) if !self.said_hello && error.is_bad_data() => return Err(error),
+                Err(error) => tracing::warn!("{}", Chain(&error)),
             }
         }
         if now >= self.timers.settle {

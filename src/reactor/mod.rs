@@ -199,7 +199,7 @@ impl Reactor {
     /// A reactor for `shared`, taking `orders` and woken by `news`.
     pub fn new(shared: Arc<Shared>, orders: mpsc::UnboundedReceiver<Order>, news: Arc<News>) -> Reactor {
         let now = Instant::now();
-        let lost = Lost::new(shared.settings.grace);
+        let lost = Lost::new(shared.settings.lease, shared.settings.grace);
         Reactor {
             shared,
             news,
@@ -267,6 +267,9 @@ impl Reactor {
                 }
             }
             if let Err(error) = self.look().await {
+                if !self.said_hello && error.is_bad_data() {
+                    return Err(error);
+                }
                 tracing::warn!("{}; connecting again", Chain(&error));
                 self.forget_watch();
                 // Not at once, and not without hearing orders: what failed may fail again.

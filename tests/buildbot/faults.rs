@@ -114,6 +114,29 @@ async fn another_worker_goes_on_with_the_request_of_one_that_is_gone() {
     drop(first);
 }
 
+/// Until then it may still ask the master for a build, which the next would not find.
+#[tokio::test]
+async fn a_request_is_adopted_after_the_lease_of_the_worker_that_is_gone() {
+    let Some(buildbot) = shared().await else { return };
+    let db = Db::new().await;
+    builder(&db, "wait").await;
+    db.execute("UPDATE builders SET max_running = 10").await;
+    let config = buildbot.config();
+    let mut long = short_lease(&config);
+    (long[3].1, long[4].1) = ("20s", "30s");
+    let mut first = Daemon::start(&db, "first", &long).await;
+    let gate = Gate::shut();
+    let id = gate.started(&db, "wait").await;
+    let _second = Daemon::start(&db, "second", &short_lease(&config)).await;
+    let killed = std::time::Instant::now();
+    first.kill();
+    db.wait(&format!("SELECT worker = 'second' AND state = 'running' FROM builds WHERE id = {id}")).await;
+    assert!(killed.elapsed() >= Duration::from_secs(30), "{:?}", killed.elapsed());
+    gate.open();
+    assert_eq!(db.finished(id).await, "passed");
+    assert_eq!(request_of(&db, buildbot, id).await.len(), 1);
+}
+
 #[tokio::test]
 async fn what_became_of_a_request_while_no_daemon_ran_is_recorded_however_late() {
     let Some(buildbot) = shared().await else { return };

@@ -8,8 +8,9 @@ use buildreactor::embedded::{Server, StopMode};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::holds::Holds;
 use super::worker::{Condition, Worker};
-use super::{GRACE, LEASE, Sql, Timeline, builds_alive, clock};
+use super::{BEYOND, GRACE, LEASE, OTHER_LEASES, Sql, Timeline, builds_alive, clock};
 use crate::support::dice::Random;
 use crate::support::proxy::{Break, Mood};
 
@@ -44,9 +45,13 @@ enum Fault {
     /// Others lose their claims for a moment; a worker that saw it is frozen, and wakes after grace when they are lost again, but were held
     /// in between.
     Ambush,
+    /// kill -9, and a restart at once with another lease.
+    OtherLease,
+    /// A person's open transaction holds a build's row.
+    Hold,
 }
 
-const DECK: [Fault; 30] = [
+const DECK: [Fault; 36] = [
     Fault::Kill,
     Fault::Kill,
     Fault::Kill,
@@ -77,6 +82,12 @@ const DECK: [Fault; 30] = [
     Fault::Refuse,
     Fault::Blackout,
     Fault::Ambush,
+    Fault::OtherLease,
+    Fault::OtherLease,
+    Fault::Hold,
+    Fault::Hold,
+    Fault::Hold,
+    Fault::Hold,
 ];
 
 /// These reach every worker's watch.
@@ -84,8 +95,15 @@ const FOR_ALL: [Fault; 5] =
     [Fault::EndWatches, Fault::EndEverything, Fault::RestartFast, Fault::RestartImmediate, Fault::Blackout];
 
 /// These need one that is up.
-const OF_DAEMONS: [Fault; 6] =
-    [Fault::Kill, Fault::Terminate, Fault::TerminateTwice, Fault::Interrupt, Fault::Freeze, Fault::Ambush];
+const OF_DAEMONS: [Fault; 7] = [
+    Fault::Kill,
+    Fault::Terminate,
+    Fault::TerminateTwice,
+    Fault::Interrupt,
+    Fault::Freeze,
+    Fault::Ambush,
+    Fault::OtherLease,
+];
 
 /// Something to do later.
 enum Later {
@@ -108,6 +126,7 @@ pub struct Torturer {
     /// ...or to anybody, until then.
     turn_ends: Instant,
     later: Vec<(Instant, Later)>,
+    holds: Holds,
     done: usize,
 }
 
@@ -118,6 +137,7 @@ impl Torturer {
             workers,
             timeline: Timeline::default(),
             sql: Sql { url: server.url("postgres"), client: None },
+            holds: Holds::new(server.url("postgres")),
             server: Some(server),
             restarting: None,
             deck: Vec::new(),
@@ -162,7 +182,7 @@ impl Torturer {
             let any = self.any(None);
             self.spared = if self.spared.is_none() { any } else { None };
             // The first one: a short run is to see somebody take over.
-            let seconds = if self.done == 0 { 19 } else { seconds };
+            let seconds = if self.done == 0 { 22 } else { seconds };
             self.turn_ends = now + Duration::from_secs(seconds);
             let who = self.spared.map_or("nobody", |n| self.workers[n].name.as_str());
             self.timeline.note(format!("for {seconds} s {who} is spared"));
@@ -230,6 +250,12 @@ impl Torturer {
             _ => GRACE.as_millis() as u64 + self.random.below(4000),
         };
         Duration::from_millis(ms)
+    }
+
+    /// The longest that a worker, or anybody, leaves builds of others alone.
+    fn patience(&self, of: Option<usize>) -> Duration {
+        let longest = |(n, worker): (usize, &Worker)| if of == Some(n) { worker.lease } else { worker.longest };
+        BEYOND + self.workers.iter().enumerate().map(longest).max().unwrap()
     }
 
     /// Mostly soon.
@@ -300,6 +326,11 @@ impl Torturer {
     }
 
     async fn inflict(&mut self, fault: Fault) {
+        if fault == Fault::Hold {
+            let (what, time) = (self.random.next(), 1000 + self.random.below(4001));
+            let note = self.holds.begin(what, Duration::from_millis(time));
+            return self.timeline.note(note);
+        }
         // The same draws, whatever state things are in.
         let (any, spell, away) = (self.any(Some(fault)), self.spell(), self.away());
         let chance = self.random.next();
@@ -312,11 +343,12 @@ impl Torturer {
             }
         }
         let up = self.workers[n].condition == Condition::Up;
+        let (anybodys, its) = (self.patience(None), self.patience(Some(n)));
         let worker = &mut self.workers[n];
         let name = worker.name.clone();
         match fault {
             Fault::Kill | Fault::KillForLong if up => {
-                let away = if fault == Fault::Kill { away } else { GRACE + Duration::from_millis(2500) };
+                let away = if fault == Fault::Kill { away } else { anybodys + Duration::from_millis(2500) };
                 worker.kill(away);
                 worker.alone = fault == Fault::KillForLong;
                 self.timeline.note(format!("kill -9 of {name}, back in {away:.1?}"));
@@ -334,7 +366,7 @@ impl Torturer {
                 let spell = if fault == Fault::Freeze {
                     spell
                 } else {
-                    LEASE + Duration::from_secs(10) + GRACE + Duration::from_millis(chance % 4000)
+                    worker.lease + Duration::from_secs(10) + anybodys + Duration::from_millis(chance % 4000)
                 };
                 worker.signal(Signal::SIGSTOP);
                 worker.condition = Condition::Frozen(Instant::now() + spell);
@@ -398,10 +430,18 @@ impl Torturer {
                     .note(format!("Ambush: the others lose their claims for a moment, {name} sees it and is frozen"));
                 let others = self.hold_others(n).await;
                 self.workers[n].signal(Signal::SIGSTOP);
-                self.workers[n].condition = Condition::Frozen(Instant::now() + GRACE * 2);
+                self.workers[n].condition = Condition::Frozen(Instant::now() + its * 2);
                 self.workers[n].alone = true;
                 self.let_go(&others);
-                self.later.push((Instant::now() + GRACE, Later::Spring(n)));
+                self.later.push((Instant::now() + its, Later::Spring(n)));
+            }
+            Fault::OtherLease if up => {
+                let others: Vec<u64> =
+                    OTHER_LEASES.into_iter().filter(|lease| *lease != worker.lease.as_secs()).collect();
+                let lease = others[usize::try_from(chance % others.len() as u64).unwrap()];
+                worker.kill(Duration::ZERO);
+                self.timeline.note(format!("kill -9 of {name}, back with {lease} s instead of {:?}", worker.lease));
+                worker.lease = Duration::from_secs(lease);
             }
             // The one that was meant is down already.
             Fault::Kill
@@ -415,13 +455,16 @@ impl Torturer {
             | Fault::StallUp
             | Fault::StallDown
             | Fault::Refuse
-            | Fault::Ambush => {}
+            | Fault::Ambush
+            | Fault::OtherLease
+            | Fault::Hold => {}
         }
     }
 
     /// Ends all faults.
     pub async fn heal(&mut self) {
         self.server_is_back().await;
+        self.holds.end();
         for (_, what) in std::mem::take(&mut self.later) {
             self.do_later(what).await;
         }
@@ -434,7 +477,8 @@ impl Torturer {
     /// Once all builds are final: nothing of them may be left, nor of the workers once they have left.
     pub async fn leave(&mut self) -> Vec<String> {
         let mut problems = Vec::new();
-        let deadline = Instant::now() + LEASE + Duration::from_secs(15);
+        let longest = self.workers.iter().map(|worker| worker.longest).max().unwrap();
+        let deadline = Instant::now() + longest + Duration::from_secs(15);
         while !builds_alive(&self.workers).is_empty() {
             if Instant::now() > deadline {
                 problems.push(format!("processes of builds are left: {:#?}", builds_alive(&self.workers)));

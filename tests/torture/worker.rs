@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{GRACE, LEASE, SLOTS, Timeline};
+use super::{BEYOND, LEASES, SLOTS, Timeline};
 use crate::support::proxy::Proxy;
 use crate::support::{PROGRAM, TempDir, temp_dir};
 
@@ -39,6 +39,10 @@ pub struct Worker {
     pub alone: bool,
     pub log: PathBuf,
     child: Option<Child>,
+    /// Of the next start too.
+    pub lease: Duration,
+    /// The longest that it ever had: builds that it runs may live by that.
+    pub longest: Duration,
     /// Every second one has no PID namespaces: its guardians walk their descendants.
     namespaces: bool,
 }
@@ -57,6 +61,8 @@ impl Worker {
             alone: false,
             log,
             child: None,
+            lease: Duration::from_secs(LEASES[usize::from(n) % LEASES.len()]),
+            longest: Duration::ZERO,
             namespaces: n.is_multiple_of(2),
         };
         worker.spawn();
@@ -75,14 +81,15 @@ impl Worker {
             .env("BUILDREACTOR_WORKER_PID_NAMESPACE", self.namespaces.to_string())
             .env("BUILDREACTOR_REACTOR_POLL", "2s")
             .env("BUILDREACTOR_LEASE_PING", "500ms")
-            .env("BUILDREACTOR_LEASE_LEASE", format!("{}s", LEASE.as_secs()))
-            .env("BUILDREACTOR_LEASE_GRACE", format!("{}s", GRACE.as_secs()))
+            .env("BUILDREACTOR_LEASE_LEASE", format!("{}s", self.lease.as_secs()))
+            .env("BUILDREACTOR_LEASE_GRACE", format!("{}s", (self.lease + BEYOND).as_secs()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .unwrap();
         self.child = Some(child);
+        self.longest = self.longest.max(self.lease);
         self.condition = Condition::Up;
         self.alone = false;
     }
@@ -105,7 +112,7 @@ impl Worker {
         match self.condition {
             Condition::Down(until) if now >= until => {
                 self.spawn();
-                timeline.note(format!("{} is started again", self.name));
+                timeline.note(format!("{} is started again, its lease is {} s", self.name, self.lease.as_secs()));
             }
             Condition::Frozen(until) if now >= until => {
                 self.thaw();

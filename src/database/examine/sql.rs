@@ -62,14 +62,12 @@ pub(super) const ON_MASTERS: &str = "
     WHERE executor = 'buildbot' AND labels <@ $2 AND CASE WHEN settings ? 'master' THEN settings ->> 'master' = ANY ($1) ELSE cardinality($1) = 1 END
     ORDER BY name";
 
-/// $1 text: this worker. Who uses its name, by the lock that a living daemon holds (`NAME_LOCK_CLASS`), and the slots of all others.
+/// $1 text: this worker. Who uses its name, by the lock that a living daemon holds, and the slots of all others.
 pub(super) const WORKERS: &str = "
     SELECT ARRAY(SELECT slots FROM workers WHERE name <> $1 AND state <> 'stopped') AS slots,
-           (SELECT coalesce('process ' || w.pid || ' on ' || w.host, 'backend ' || l.pid)
-            FROM pg_locks l LEFT JOIN workers w ON w.name = $1
-            WHERE l.locktype = 'advisory' AND l.classid = 4294967294 AND l.objsubid = 2 AND l.granted
-              AND l.objid = (hashtext($1)::bigint & 4294967295)::oid
-              AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) AS holder";
+           (SELECT CASE WHEN l.ours THEN coalesce('process ' || w.pid || ' on ' || w.host, 'backend ' || l.pid) ELSE l.holder || ', which is no worker' END
+            FROM build_advisory_locks l LEFT JOIN workers w ON w.name = $1
+            WHERE l.kind = 'name' AND l.part = hashtext($1) ORDER BY l.ours DESC LIMIT 1) AS holder";
 
 /// Limits on connections, each with how many sessions that are not ours count towards it now.
 pub(super) const CONNECTIONS: &str = "
