@@ -376,7 +376,7 @@ const BEFORE_V6: &str =
     DROP INDEX builds_passed, builds_failed; ALTER TABLE builders DROP COLUMN branch_property;
     ALTER TABLE builds DROP CONSTRAINT notify_lists_at_most_100_addresses_such_as_ann_at_example_org,
         ADD CONSTRAINT notify_is_not_supported_by_this_version CHECK (notify = '{}');
-    ALTER TABLE builds DROP COLUMN queued_by, DROP CONSTRAINT needs_are_at_most_100000, DROP CONSTRAINT reason_cancel_reason_and_detail_are_at_most_64_kib_each;
+    ALTER TABLE builds DROP CONSTRAINT needs_are_at_most_100000, DROP CONSTRAINT reason_cancel_reason_and_detail_are_at_most_64_kib_each;
     ALTER TABLE builders DROP CONSTRAINT description_paused_reason_and_settings_are_at_most_64_kib_each,
         DROP CONSTRAINT labels_and_locks_are_at_most_100_names_and_20000_bytes_each;
     DROP FUNCTION mail_addresses_are_valid; DROP FUNCTION build_schema_api;

@@ -1,6 +1,6 @@
 -- Who queued a build last, and how long the texts may be that people write.
 
-ALTER TABLE builds ADD COLUMN queued_by text;
+ALTER TABLE builds ADD COLUMN IF NOT EXISTS queued_by text;
 COMMENT ON COLUMN builds.queued_by IS 'The database role that queued it last. Null: before this version, or not queued yet.';
 
 -- Builds that have ended keep what they say: going through all of them would take long. One that is queued again is checked then.

@@ -251,10 +251,11 @@ impl Claim {
                 Err(error) => {
                     let Some(state) = error.sqlstate() else { return Err(error) };
                     let again = (error.is_bad_data() && plain.is_none()) || TRY_AT_ONCE.contains(&state);
-                    answered("keep a claim", self.session()?.batch_execute("ROLLBACK TO SAVEPOINT result")).await?;
                     if !again || tried == RECORD_TRIES {
+                        self.lock_anew(id.build).await?;
                         return Err(error);
                     }
+                    answered("keep a claim", self.session()?.batch_execute("ROLLBACK TO SAVEPOINT result")).await?;
                     if error.is_bad_data() {
                         plain = Some(Ended {
                             exit: None,
@@ -269,6 +270,22 @@ impl Claim {
             }
         }
         Ok(None)
+    }
+
+    /// After a result that was refused: what the refused statement has done to the queue row is undone, but its traces would keep people and
+    /// other workers from seeing who holds the row. So the row is let go and locked again. When somebody else was faster, the claim is over.
+    async fn lock_anew(&mut self, build: BuildId) -> Result<()> {
+        const STEP: &str = "keep a claim";
+        let sql = self.schema.sql(queries::CLAIM_AGAIN);
+        let session = self.session()?;
+        answered(STEP, session.batch_execute("ROLLBACK TO SAVEPOINT row")).await?;
+        let row = answered(STEP, session.query_opt(&*sql, &[&build.0])).await?;
+        // Also closes the portal, as in `take`.
+        answered(STEP, session.batch_execute("SELECT 1")).await?;
+        if row.is_none() {
+            self.end();
+        }
+        Ok(())
     }
 
     async fn commit(&mut self, step: &'static str) -> Result<()> {
