@@ -6,6 +6,7 @@ mod buildbot;
 mod claims;
 mod clock_change;
 mod commands_check;
+mod commands_output;
 mod commands_watch;
 mod conninfo_tls;
 mod deploy;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use nix::unistd::{Uid, User};
 
+use super::output::Stdout;
 use crate::config::{self, Config, KILL_TIME, Worker};
 use crate::database::SessionLimits;
 use crate::database::examine::{Asked, Finding, Findings, Level, OnMaster, examine};
@@ -191,7 +192,7 @@ async fn mail(address: Option<&str>, config: &Config, found: &mut Findings) {
 }
 
 fn print(found: &Findings) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = Stdout;
     for Finding { level, subject, text } in &found.0 {
         let level = match level {
             Level::Ok => "ok",

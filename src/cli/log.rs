@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::bail;
 
-use super::watch::link::{Link, WhenAway, is_closed_pipe, note, stdout_is_closed};
+use super::output::{Stdout, is_closed_pipe, note, stdout_is_closed};
+use super::watch::link::{Link, WhenAway};
 use super::watch::text::verdict;
 use crate::config::Config;
 use crate::database::reading::Piece;
@@ -128,9 +129,8 @@ impl Printer {
                     ));
                 }
                 follows_marker = piece.content.starts_with(MARKER);
-                let mut stdout = io::stdout().lock();
-                stdout.write_all(piece.content.as_bytes())?;
-                stdout.flush()?;
+                Stdout.write_all(piece.content.as_bytes())?;
+                Stdout.flush()?;
                 self.in_line = !piece.content.ends_with('\n');
             }
             if i64::try_from(page.len())? < PAGE {

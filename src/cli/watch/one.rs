@@ -9,10 +9,11 @@ use anyhow::bail;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 
-use super::link::{Link, WhenAway, note, stdout_is_closed};
+use super::link::{Link, WhenAway};
 use super::live::{BAR, BAR_CHARS, progress, set_progress};
 use super::text::{self, Place, runs, span, verdict, waits};
 use super::{is_terminal, pause};
+use crate::cli::output::{Stdout, note, stdout_is_closed};
 use crate::config::Config;
 use crate::database::reading::{BuildNow, Elsewhere, Running, Waiting};
 use crate::model::BuildId;
@@ -190,9 +191,9 @@ impl Teller {
                 }
                 match stage {
                     Stage::Running(Running { usual_seconds: Some(usual), .. }) => {
-                        writeln!(io::stdout(), "{line}, usually {}", span(*usual))?;
+                        writeln!(Stdout, "{line}, usually {}", span(*usual))?;
                     }
-                    _ => writeln!(io::stdout(), "{line}")?,
+                    _ => writeln!(Stdout, "{line}")?,
                 }
                 *last = line;
             }
@@ -212,7 +213,7 @@ impl Teller {
     fn add(&self, lines: &[String]) -> io::Result<()> {
         for line in lines {
             match self {
-                Teller::Lines { .. } => writeln!(io::stdout(), "{line}")?,
+                Teller::Lines { .. } => writeln!(Stdout, "{line}")?,
                 Teller::Terminal(screen) => screen.bar.println(line),
             }
         }
@@ -223,7 +224,7 @@ impl Teller {
         if let Teller::Terminal(screen) = &self {
             screen.bar.finish_and_clear();
         }
-        writeln!(io::stdout(), "{verdict}")
+        writeln!(Stdout, "{verdict}")
     }
 }
 
