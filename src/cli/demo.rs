@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::output::{Stdout, is_closed_pipe, note};
+use super::terminal::{harmless, harmless_line};
 use crate::database::ConnInfo;
 use crate::database::migrate::migrate;
 use crate::embedded::{Options, Server, StopMode};
@@ -284,7 +285,7 @@ impl Build {
     fn progress(&self) -> String {
         let Build { id, builder, state, .. } = self;
         let Some(seconds) = self.seconds else { return format!("build {id} ({builder}) is {state}") };
-        let line = self.last_log_line.as_deref().unwrap_or("").trim();
+        let line = harmless_line(self.last_log_line.as_deref().unwrap_or(""));
         format!("build {id} ({builder}) {}:{:02} {line}", seconds / 60, seconds % 60)
     }
 }
@@ -453,7 +454,7 @@ impl Psql {
     async fn show_with(&self, options: &[&str], sql: &str) -> anyhow::Result<()> {
         say(&format!("{}=> {sql}", self.database))?;
         let output = self.run(&[options, &["-c", sql]].concat()).await?;
-        say(String::from_utf8_lossy(&output.stdout).trim_end())?;
+        say(&harmless(String::from_utf8_lossy(&output.stdout).trim_end()))?;
         say("")
     }
 
@@ -530,7 +531,7 @@ fn last_lines(text: &str) -> String {
 
 /// To standard error, if anybody reads it.
 fn show_tail(of: &str, text: &str) {
-    let _read = writeln!(std::io::stderr(), "\nThe end of {of}:\n{}\n", last_lines(text));
+    let _read = writeln!(std::io::stderr(), "\nThe end of {of}:\n{}\n", harmless(&last_lines(text)));
 }
 
 /// Prints a line.

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing_subscriber::fmt::MakeWriter;
 
+use super::terminal::Screen;
+
 /// How much waits for a reader that is slow, bytes.
 const ROOM: usize = 1 << 20;
 /// How long the end of the program waits for the last lines to be written.
@@ -23,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
     Text,
+    /// With colours. What others' texts could do to a terminal is shown instead.
+    Terminal,
     Json,
 }
 
@@ -171,6 +175,11 @@ struct Pen<W> {
 impl<W: Write> Pen<W> {
     fn write(&mut self, entry: Entry) {
         let line = match entry {
+            Entry::Line(line) if self.style == Style::Terminal => {
+                let mut screen = Screen::default();
+                let shown = screen.show(&String::from_utf8_lossy(&line));
+                (shown + &screen.end()).into_bytes()
+            }
             Entry::Line(line) => line,
             Entry::Lost(count) => {
                 self.lost += count;
@@ -202,7 +211,7 @@ impl<W: Write> Pen<W> {
         let text = format!("{lost} log {lines} {were} lost: standard error could not be written");
         let at = format!("{:.6}", jiff::Timestamp::now());
         match self.style {
-            Style::Text => format!("{at}  WARN {text}\n"),
+            Style::Text | Style::Terminal => format!("{at}  WARN {text}\n"),
             Style::Json => {
                 let line = serde_json::json!({ "timestamp": at, "level": "WARN", "message": text, "lost": lost });
                 format!("{line}\n")
@@ -315,6 +324,13 @@ mod tests {
         assert_eq!((lines[0], lines[2], lines.len()), ("fi", "third", 3));
         let notice: serde_json::Value = serde_json::from_str(lines[1]).unwrap();
         assert_eq!((notice["level"].as_str(), notice["lost"].as_u64()), (Some("WARN"), Some(2)));
+    }
+
+    #[test]
+    fn lines_for_a_terminal_have_colours_and_nothing_else() {
+        let mut pen = pen(Vec::new(), Style::Terminal);
+        pen.write(line("\u{1b}[2m12:00\u{1b}[0m a\u{1b}]0;title\u{7}b\u{202e}c\rd"));
+        assert_eq!(pen.sink.taken, "\u{1b}[2m12:00\u{1b}[0m a^[]0;title^Gb<U+202E>c^M\nd\n");
     }
 
     /// Takes a line for each token.

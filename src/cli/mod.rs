@@ -8,9 +8,10 @@ mod log_writer;
 mod migrate;
 mod output;
 mod run;
+mod terminal;
 mod watch;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -122,7 +123,11 @@ pub fn main() -> ExitCode {
     {
         note(&format!("the environment that I was started with stays in sight of root's processes: {error}"));
     }
-    let style = if arguments.json { Style::Json } else { Style::Text };
+    let style = match arguments.json {
+        true => Style::Json,
+        false if std::io::stderr().is_terminal() => Style::Terminal,
+        false => Style::Text,
+    };
     let log = match Log::to_stderr(style) {
         Ok(log) => log,
         Err(error) => {
@@ -142,7 +147,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // After the lines of the log, and like them: whoever does not read them keeps no daemon from ending.
             let say = |line: &str| log.writer().line(format!("buildreactor: {line}\n").into_bytes());
-            say(&Chain(error.as_ref()).to_string());
+            say(&terminal::harmless(&Chain(error.as_ref()).to_string()));
             if let Some(cure) = cure(&error) {
                 say(cure);
             }
@@ -287,7 +292,6 @@ fn database_exit_code(error: &DatabaseError) -> u8 {
 }
 
 fn start_log(arguments: &Arguments, writer: LogWriter) -> anyhow::Result<()> {
-    use std::io::IsTerminal;
     // It says itself what happens.
     let demo = matches!(arguments.command, Command::Demo(_));
     let usual = if demo { "warn" } else { "info,tokio_postgres=error,deadpool_postgres=error,refinery_core=warn" };

@@ -7,6 +7,8 @@ use std::os::fd::AsFd;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::terminal::harmless_line;
+
 /// Standard output, with errors that say so. A reader that has gone ([`is_closed_pipe`]) is no error of the command.
 #[derive(Clone, Copy, Debug)]
 pub struct Stdout;
@@ -68,5 +70,5 @@ pub fn stdout_is_closed() -> bool {
 
 /// A line on standard error, if anybody reads it.
 pub fn note(line: &str) {
-    let _read = writeln!(io::stderr(), "buildreactor: {line}");
+    let _read = writeln!(io::stderr(), "buildreactor: {}", harmless_line(line));
 }

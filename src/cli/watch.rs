@@ -18,6 +18,7 @@ use self::link::{Link, WhenAway};
 use self::live::Live;
 use self::tables::Farm;
 use super::output::{Stdout, is_closed_pipe, note};
+use super::terminal::harmless_line;
 use crate::config::Config;
 use crate::model::BuildId;
 
@@ -103,7 +104,7 @@ async fn watch_live(config: &Config) -> anyhow::Result<ExitCode> {
     let above = live.above();
     let mut link = Link::open(config, WhenAway::Wait, move |line| {
         // Nobody to tell where the terminal is gone.
-        let _told = above.println(line);
+        let _told = above.println(harmless_line(line));
     })
     .await?;
     loop {

@@ -14,6 +14,7 @@ use super::live::{BAR, BAR_CHARS, progress, set_progress};
 use super::text::{self, Place, runs, span, verdict, waits};
 use super::{is_terminal, pause};
 use crate::cli::output::{Stdout, note, stdout_is_closed};
+use crate::cli::terminal::harmless_line;
 use crate::config::Config;
 use crate::database::reading::{BuildNow, Elsewhere, Running, Waiting};
 use crate::model::BuildId;
@@ -86,8 +87,9 @@ impl Stage {
                 rows.rows.into_iter().next().map(Stage::Running)
             }
             other => Some(Stage::Described(format!(
-                "build {id} of {} is {other}, not queued: INSERT INTO build_queue (build_id) VALUES ({id});",
-                build.builder
+                "build {id} of {} is {}, not queued: INSERT INTO build_queue (build_id) VALUES ({id});",
+                text::line(&build.builder),
+                text::line(other)
             ))),
         })
     }
@@ -178,7 +180,7 @@ impl Teller {
         };
         move |line: &str| match &bar {
             None => note(line),
-            Some(bar) => bar.println(line),
+            Some(bar) => bar.println(harmless_line(line)),
         }
     }
 
@@ -244,7 +246,8 @@ impl Screen {
             }
             Stage::Running(running) => {
                 bar.set_style(style.clone());
-                bar.set_prefix(format!("build {} of {} on {}", running.build, running.builder, running.worker));
+                let (builder, worker) = (text::line(&running.builder), text::line(&running.worker));
+                bar.set_prefix(format!("build {} of {builder} on {worker}", running.build));
                 set_progress(bar, running);
                 bar.set_message(progress(running));
             }
