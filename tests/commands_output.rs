@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::support::{Daemon, Db, Launch, PROGRAM, TempDir, temp_dir, text, wait_for};
+use crate::support::{Daemon, Db, Launch, PROGRAM, SOON, TempDir, temp_dir, text, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
@@ -258,26 +258,20 @@ async fn errors_that_nobody_reads_have_their_exit_codes() {
 }
 
 #[tokio::test]
-async fn a_daemon_that_cannot_start_ends_although_its_stderr_is_stuck() {
+async fn what_cannot_start_ends_although_its_stderr_is_stuck() {
     let fifo = Fifo::new();
     let _reader = fifo.reader();
     let mut filler = File::options().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(&fifo.path).unwrap();
     while filler.write(b"x").is_ok() {}
     for (arguments, expected) in [
         (&["--config", "/nowhere/at/all", "run"][..], 78),
-        (&["run", "--database", "postgresql://127.0.0.1:1/none"], 69),
+        (&["migrate", "--database", "postgresql://127.0.0.1:1/none"], 69),
     ] {
         let stuck = File::options().write(true).open(&fifo.path).unwrap();
-        let mut command = Command::new(PROGRAM);
-        command.args(arguments).env_remove("DATABASE_URL").stdin(Stdio::null()).stderr(stuck);
+        let mut command = tokio::process::Command::new(PROGRAM);
+        command.args(arguments).env_remove("DATABASE_URL").stdin(Stdio::null()).stderr(stuck).kill_on_drop(true);
         let mut child = command.spawn().unwrap();
-        let mut code = None;
-        wait_for("its end", || {
-            code = child.try_wait().unwrap();
-            let ended = code.is_some();
-            async move { ended }
-        })
-        .await;
-        assert_eq!(code.unwrap().code(), Some(expected), "{arguments:?}");
+        let ended = tokio::time::timeout(SOON, child.wait()).await.expect("it does not end");
+        assert_eq!(ended.unwrap().code(), Some(expected), "{arguments:?}");
     }
 }

@@ -233,9 +233,8 @@ mod tests {
         let months = ["*", "2", "*/5", "JAN,jun-aug,DEC", "4,6"];
         let start: Timestamp = "2026-01-31T00:00:00Z".parse().unwrap();
         let mut compared = 0;
-        for (day, weekday, month) in days.iter().flat_map(|day| {
-            weekdays.iter().flat_map(move |weekday| months.iter().map(move |month| (*day, *weekday, *month)))
-        }) {
+        let all = days.iter().flat_map(|day| weekdays.iter().map(move |weekday| (day, weekday)));
+        for ((day, weekday), month) in all.flat_map(|both| months.iter().map(move |month| (both, month))) {
             let cron = format!("0 0 {day} {month} {weekday}");
             let fields = Fields::read(&cron);
             let first = start.to_zoned(TimeZone::UTC).date().tomorrow().unwrap();
