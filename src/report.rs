@@ -1,4 +1,4 @@
-//! One way to print an error with its causes, and one to say it once.
+//! One way to print an error with its causes, one to say it once, and which characters of others' texts deceive a reader.
 
 use std::error::Error;
 use std::fmt;
@@ -41,4 +41,28 @@ impl Trouble {
     pub fn is_over(&mut self) {
         self.known = false;
     }
+}
+
+/// Characters without a shape of their own that turn, join or hide others, so that a text reads as another one: marks of direction
+/// (U+202E and its kind), zero-width ones, fillers, tags, separators that only some programs take for a line end. Control characters
+/// (`char::is_control`) are not among them. Of Unicode's Default_Ignorable_Code_Point and Bidi_Control, without the variation selectors
+/// that emoji need (U+FE00 to U+FE0F).
+pub fn deceives(c: char) -> bool {
+    matches!(c,
+        '\u{ad}'
+        | '\u{34f}'
+        | '\u{61c}'
+        | '\u{115f}'..='\u{1160}'
+        | '\u{17b4}'..='\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{200b}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}'
+        | '\u{3164}'
+        | '\u{feff}'
+        | '\u{ffa0}'
+        | '\u{fff0}'..='\u{fffb}'
+        | '\u{1bca0}'..='\u{1bca3}'
+        | '\u{1d173}'..='\u{1d17a}'
+        | '\u{e0000}'..='\u{e0fff}')
 }

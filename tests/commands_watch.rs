@@ -10,7 +10,7 @@ use crate::support::{self, Daemon, Db, PROGRAM, SOON, buildreactor, text};
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
 /// A command that runs beside the test.
-struct Beside {
+pub struct Beside {
     child: Child,
     out: Arc<Mutex<Vec<u8>>>,
     err: Arc<Mutex<Vec<u8>>>,
@@ -23,7 +23,7 @@ impl Beside {
         Beside::run(command)
     }
 
-    fn run(mut command: Command) -> Beside {
+    pub fn run(mut command: Command) -> Beside {
         let mut child = command
             .env_remove("DATABASE_URL")
             .stdin(Stdio::null())
@@ -35,7 +35,7 @@ impl Beside {
         Beside { child, out, err }
     }
 
-    fn out(&self) -> String {
+    pub fn out(&self) -> String {
         text(&self.out.lock().unwrap())
     }
 
@@ -43,7 +43,7 @@ impl Beside {
         text(&self.err.lock().unwrap())
     }
 
-    async fn prints(&self, what: &str) {
+    pub async fn prints(&self, what: &str) {
         support::wait_for(&format!("`{what}` on stdout"), || async { self.out().contains(what) }).await;
     }
 

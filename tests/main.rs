@@ -6,6 +6,8 @@ mod buildbot;
 mod claims;
 mod clock_change;
 mod commands_check;
+mod commands_output;
+mod commands_terminal;
 mod commands_watch;
 mod conninfo_tls;
 mod deploy;

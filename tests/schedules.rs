@@ -138,15 +138,18 @@ async fn a_change_takes_effect_at_once() {
     assert_eq!(builds(&db).await, 0);
 }
 
+/// Restored, or older than what refuses it at the INSERT.
 #[tokio::test]
 async fn what_no_daemon_understands_is_disabled_and_says_why() {
     let db = Db::new().await;
     db.builder("b", "true").await;
     let daemon = Daemon::start(&db, "w", &[HOUR]).await;
     db.execute(
-        "INSERT INTO build_schedules (name, builder, cron, next_at) VALUES
-            ('never', 'b', '0 0 30 2 *', NULL), ('minute', 'b', '61 * * * *', NULL), ('due', 'b', '0 0 * * FOO', clock_timestamp()),
-            ('good', 'b', '0 0 1 1 *', NULL)",
+        "SET session_replication_role = replica;
+         INSERT INTO build_schedules (name, builder, cron, next_at) VALUES
+            ('never', 'b', '0 0 30 2 *', NULL), ('minute', 'b', '61 * * * *', NULL), ('due', 'b', '0 0 * * FOO', clock_timestamp());
+         RESET session_replication_role;
+         INSERT INTO build_schedules (name, builder, cron) VALUES ('good', 'b', '0 0 1 1 *')",
     )
     .await;
     db.wait("SELECT count(*) = 3 FROM build_schedules WHERE NOT enabled").await;
@@ -188,8 +191,7 @@ async fn bad_schedules_are_refused_with_the_cure() {
     for (values, expected) in [
         ("'s', 'b', '0 0 * *', 'UTC'", "cron must have 5 fields, not \"0 0 * *\" |  | Minute, hour, "),
         ("'s', 'b', '0 0 0 * * *', 'UTC'", "cron must have 5 fields"),
-        ("'s', 'b', '@daily', 'UTC'", "cron must have 5 fields"),
-        ("'s', 'b', '0 0 * * $(id)', 'UTC'", "cron must have 5 fields"),
+        ("'s', 'b', '', 'UTC'", "cron must have 5 fields"),
         (
             "'s', 'b', '0 0 * * *', 'Mars/Olympus'",
             "there is no time zone \"Mars/Olympus\" |  | SELECT name FROM pg_timezone_names; ",
@@ -204,8 +206,144 @@ async fn bad_schedules_are_refused_with_the_cure() {
     schedule(&db, "b", "'0 0 * * *'", "", "").await;
     let refusal = db.refusal("UPDATE build_schedules SET cron = 'daily'").await;
     assert!(refusal.starts_with("cron must have 5 fields, not \"daily\""), "{refusal}");
+    let refusal = db.refusal("UPDATE build_schedules SET cron = '0 25 * * *'").await;
+    assert!(refusal.starts_with("cron \"0 25 * * *\": hour 25 is not in 0-23 |  | Minute, hour, "), "{refusal}");
     let refusal = db.refusal("UPDATE build_schedules SET properties = '[]'").await;
     assert!(refusal.contains("properties_are_a_json_object"), "{refusal}");
     let refusal = db.refusal("DELETE FROM builders").await;
     assert!(refusal.contains("builder_of_a_schedule_exists"), "{refusal}");
+}
+
+/// Each is also tried in small letters, and with other blanks.
+#[tokio::test]
+async fn cron_texts_of_crontab_5_are_taken_and_planned() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    let all = [
+        "* * * * *",
+        "0 0 * * *",
+        "59 23 31 12 7",
+        "0 0 1 1 0",
+        "*/5 */2 */3 */4 */2",
+        "0-59/7 0-23/5 1-31/10 1-12/3 0-7/2",
+        "1,2,3-5,10-20/2 * * * *",
+        "0 0 * JAN *",
+        "0 0 * jan-MAR,Dec *",
+        "0 0 * * MON",
+        "0 0 * * mon-Fri,SUN",
+        "0 0 * * SUN-SAT",
+        "0 0 * MAR-11/2 TUE-6",
+        "00 007 01 09 *",
+        "0 0 5,* * 1",
+        "0 0 *,5 * *,1",
+        "*,5 * * * *",
+        "*/90 * * * *",
+        "0 0 29 2 *",
+        "0 0 29 2 */7",
+        "0 0 30 2 1",
+        "0 0 30,28 2 *",
+        "0 0 31 2,3 *",
+        "0 0 31 2-12/2 *",
+        "@yearly",
+        "@annually",
+        "@monthly",
+        "@weekly",
+        "@daily",
+        "@midnight",
+        "@hourly",
+    ];
+    let others = all.map(|text| format!(" \t{}  ", text.to_lowercase().replace(' ', "\t ")));
+    for (at, cron) in all.map(str::to_owned).iter().chain(&others).enumerate() {
+        db.execute(&format!("INSERT INTO build_schedules (name, builder, cron) VALUES ('s{at}', 'b', '{cron}')")).await;
+    }
+    // What the database takes the daemons understand.
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    db.wait("SELECT count(*) = 0 FROM build_schedules WHERE enabled AND next_at IS NULL").await;
+    let refused = "SELECT cron || ': ' || coalesce(detail, '') FROM build_schedules WHERE NOT enabled";
+    assert_eq!(db.all::<String>(refused).await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_crontab_5_does_not_have_is_refused_by_field_and_value() {
+    let db = Db::new().await;
+    db.builder("b", "true").await;
+    for (cron, why) in [
+        ("60 * * * *", "minute 60 is not in 0-59"),
+        ("0 24 * * *", "hour 24 is not in 0-23"),
+        ("0 25 * * *", "hour 25 is not in 0-23"),
+        ("0 0 0 * *", "day of month 0 is not in 1-31"),
+        ("0 0 32 * *", "day of month 32 is not in 1-31"),
+        ("0 0 * 0 *", "month 0 is not in 1-12 or JAN-DEC"),
+        ("0 0 * 13 *", "month 13 is not in 1-12 or JAN-DEC"),
+        ("0 0 * * 8", "day of week 8 is not in 0-7 or SUN-SAT"),
+        ("0 0 * * 1-8", "day of week 8 is not in 0-7 or SUN-SAT"),
+        ("0 0 * * 99999999999999999999", "day of week 99999999999999999999 is not in 0-7 or SUN-SAT"),
+        ("1,2,61 * * * *", "minute 61 is not in 0-59"),
+        ("0 0 * * FOO", "day of week FOO is not in 0-7 or SUN-SAT"),
+        ("0 0 * * MONDAY", "day of week MONDAY is not in 0-7 or SUN-SAT"),
+        ("0 0 * MON *", "month MON is not in 1-12 or JAN-DEC"),
+        ("0 0 * * JAN", "day of week JAN is not in 0-7 or SUN-SAT"),
+        ("0 0 FRI * *", "day of month FRI is not in 1-31"),
+        ("x * * * *", "minute X is not in 0-59"),
+        ("0 5-1 * * *", "hour 5-1 ends before it begins"),
+        ("0 0 * * FRI-MON", "day of week FRI-MON ends before it begins"),
+        ("0 0 * DEC-JAN *", "month DEC-JAN ends before it begins"),
+        ("*/0 * * * *", "the step of minute */0 is not a number from 1 to 9999"),
+        ("0 0-5/00 * * *", "the step of hour 0-5/00 is not a number from 1 to 9999"),
+        ("0 0 */MON * *", "the step of day of month */MON is not a number from 1 to 9999"),
+        ("5/15 * * * *", "minute 5/15 has a step without a range: 5-59/15"),
+        ("0 0 L * *", "day of month L is not in 1-31"),
+        ("0 0 15W * *", "day of month 15W is not in 1-31"),
+        ("0 0 * * 5L", "day of week 5L is not in 0-7 or SUN-SAT"),
+        ("0 0 * * FRI#2", "day of week \"FRI#2\" is not *, a value, a range a-b, or a step */n or a-b/n of crontab(5)"),
+        ("0 0 ? * MON", "day of month \"?\" is not *"),
+        ("H * * * *", "minute H is not in 0-59"),
+        ("0~30 * * * *", "minute \"0~30\" is not *"),
+        ("0 0 * * +MON", "day of week \"+MON\" is not *"),
+        ("-5 * * * *", "minute \"-5\" is not *"),
+        ("5- * * * *", "minute \"5-\" is not *"),
+        ("1-2-3 * * * *", "minute \"1-2-3\" is not *"),
+        ("*-5 * * * *", "minute \"*-5\" is not *"),
+        ("*5 * * * *", "minute \"*5\" is not *"),
+        ("** * * * *", "minute \"**\" is not *"),
+        ("*/2/2 * * * *", "minute \"*/2/2\" is not *"),
+        ("/2 * * * *", "minute \"/2\" is not *"),
+        ("1,,2 * * * *", "minute \"\" is not *"),
+        (", * * * *", "minute \"\" is not *"),
+        ("1.5 * * * *", "minute \"1.5\" is not *"),
+        ("\u{661} * * * *", "minute \"\u{661}\" is not *"),
+        ("0 0 * * $(id)", "day of week \"$(ID)\" is not *"),
+        ("@reboot", "@reboot has no meaning here"),
+        ("@dayly", "there are @hourly, @daily, "),
+        ("@every 5m", "there are @hourly, @daily, "),
+        ("0 0 30 2 *", "it never comes: no month of 2 has a day 30"),
+        ("0 0 31 APR,6,9,NOV *", "it never comes: no month of APR,6,9,NOV has a day 31"),
+        ("0 0 30-31 2 */2", "it never comes: no month of 2 has a day 30"),
+        ("0 0 31 2-6/2 *", "it never comes: no month of 2-6/2 has a day 31"),
+    ] {
+        let insert = format!("INSERT INTO build_schedules (name, builder, cron) VALUES ('s', 'b', '{cron}')");
+        let refusal = db.refusal(&insert).await;
+        assert!(refusal.starts_with(&format!("cron \"{cron}\": {why}")), "{refusal}");
+        assert!(refusal.contains(" |  | Minute, hour, "), "{refusal}");
+    }
+    let refusal = db.refusal("INSERT INTO build_schedules (name, builder, cron) VALUES ('s', 'b', NULL)").await;
+    assert!(refusal.contains("null value in column \"cron\""), "{refusal}");
+    for long in [["1"; 120].join(","), "1 ".repeat(300)] {
+        let insert = format!("INSERT INTO build_schedules (name, builder, cron) VALUES ('s', 'b', '{long} * * * *')");
+        assert!(db.refusal(&insert).await.contains("cron"));
+    }
+}
+
+/// `upper` of a Turkish database makes another letter of i.
+#[tokio::test]
+async fn names_of_days_and_months_do_not_depend_on_the_locale() {
+    let db = Db::new().await;
+    let turkish =
+        "SELECT quote_ident(collname) FROM pg_collation WHERE collname IN ('tr-x-icu', 'tr_TR', 'tr_TR.utf8')";
+    for collation in [vec!["\"C\"".to_owned()], db.all::<String>(turkish).await].concat() {
+        for cron in ["0 0 * * fri", "0 0 * * FRI", "@midnight", "@MIDNIGHT"] {
+            let refusals = format!("SELECT count(build_cron_refusal('{cron}' COLLATE {collation}))");
+            assert_eq!(db.one::<i64>(&refusals).await, 0, "{cron} {collation}");
+        }
+    }
 }

@@ -359,12 +359,88 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION farm.builds_delete() IS 'Trigger: refuses to delete a build that waits or runs.';
 
+-- crontab(5), whatever the locale: a Turkish lower('FRI') is no name of a day. Loops: at most 200 bytes come here.
+CREATE OR REPLACE FUNCTION farm.build_cron_refusal(cron text) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    names    constant text[] := ARRAY['minute', 'hour', 'day of month', 'month', 'day of week'];
+    lowest   constant integer[] := '{0,0,1,1,0}';
+    highest  constant integer[] := '{59,23,31,12,7}';
+    months   constant text[] := '{JAN,FEB,MAR,APR,MAY,JUN,JUL,AUG,SEP,OCT,NOV,DEC}';
+    weekdays constant text[] := '{SUN,MON,TUE,WED,THU,FRI,SAT}';
+    lengths  constant integer[] := '{31,29,31,30,31,30,31,31,30,31,30,31}';
+    text_of  constant text := upper(btrim(cron, E' \t\r\n') COLLATE "C");
+    fields   constant text[] := regexp_split_to_array(text_of, E'[ \t\r\n]+');
+    about    constant text := format('cron "%s": ', cron);
+    item     text;
+    part     text;
+    parts    text[];
+    bounds   integer[];
+    earliest integer := 31;
+    longest  integer := 0;
+BEGIN
+    IF text_of IN ('@YEARLY', '@ANNUALLY', '@MONTHLY', '@WEEKLY', '@DAILY', '@MIDNIGHT', '@HOURLY') THEN
+        RETURN NULL;
+    ELSIF text_of = '@REBOOT' THEN
+        RETURN about || '@reboot has no meaning here: schedules go by the clock, not by the start of a machine';
+    ELSIF text_of LIKE '@%' THEN
+        RETURN about || 'there are @hourly, @daily, @midnight, @weekly, @monthly, @yearly and @annually alone';
+    ELSIF cardinality(fields) <> 5 THEN
+        RETURN format('cron must have 5 fields, not "%s"', cron);
+    END IF;
+    FOR i IN 1..5 LOOP
+        FOREACH item IN ARRAY string_to_array(fields[i], ',') LOOP
+            -- *, a value, or a range; after * and ranges a step.
+            parts := regexp_match(item, '^([*]|([0-9A-Z]+)(-([0-9A-Z]+))?)(/([0-9A-Z]+))?$');
+            IF parts IS NULL THEN
+                RETURN about || format('%s "%s" is not *, a value, a range a-b, or a step */n or a-b/n of crontab(5)', names[i], item);
+            END IF;
+            bounds := ARRAY[lowest[i], highest[i]];
+            FOR n IN 1..2 LOOP
+                part := CASE n WHEN 1 THEN parts[2] ELSE coalesce(parts[4], parts[2]) END;
+                CONTINUE WHEN part IS NULL;
+                bounds[n] := CASE
+                    WHEN part ~ '^0*[0-9]{1,4}$' THEN right(part, 4)::integer
+                    WHEN i = 4 THEN array_position(months, part)
+                    WHEN i = 5 THEN array_position(weekdays, part) - 1
+                END;
+                IF bounds[n] IS NULL OR bounds[n] NOT BETWEEN lowest[i] AND highest[i] THEN
+                    RETURN about || format('%s %s is not in %s-%s%s', names[i], part, lowest[i], highest[i],
+                        CASE i WHEN 4 THEN ' or JAN-DEC' WHEN 5 THEN ' or SUN-SAT' ELSE '' END);
+                END IF;
+            END LOOP;
+            IF bounds[1] > bounds[2] THEN
+                RETURN about || format('%s %s ends before it begins', names[i], item);
+            ELSIF parts[5] IS NOT NULL AND parts[6] !~ '^0*[0-9]{1,4}$' OR parts[6] ~ '^0*$' THEN
+                RETURN about || format('the step of %s %s is not a number from 1 to 9999', names[i], item);
+            ELSIF parts[5] IS NOT NULL AND parts[2] IS NOT NULL AND parts[3] IS NULL THEN
+                RETURN about || format('%s %s has a step without a range: %s-%s/%s', names[i], item, parts[2], highest[i], parts[6]);
+            END IF;
+            IF i = 3 THEN
+                earliest := least(earliest, bounds[1]);
+            ELSIF i = 4 THEN
+                FOR n IN bounds[1]..bounds[2] BY coalesce(parts[6]::integer, 1) LOOP
+                    longest := greatest(longest, lengths[n]);
+                END LOOP;
+            END IF;
+        END LOOP;
+    END LOOP;
+    -- Unless the day of week alone is enough: it is if neither field begins with *.
+    IF earliest > longest AND (fields[3] LIKE '*%' OR fields[5] LIKE '*%') THEN
+        RETURN about || format('it never comes: no month of %s has a day %s', fields[4], earliest);
+    END IF;
+    RETURN NULL;
+END $$;
+COMMENT ON FUNCTION farm.build_cron_refusal(text) IS 'Why a cron text has no meaning by crontab(5), naming field and value; null: it has one. For build_schedules.';
+
 CREATE OR REPLACE FUNCTION farm.build_schedules_change() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
     zone text;
     moved boolean := true;
+    refusal text;
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         moved := NEW.cron <> OLD.cron OR NEW.time_zone <> OLD.time_zone OR NEW.enabled <> OLD.enabled;
@@ -375,11 +451,12 @@ BEGIN
             HINT = 'SELECT name FROM builders; shows what there is. A new one: INSERT INTO builders (name, script) VALUES (''NAME'', ''SCRIPT'');';
     END IF;
     IF moved THEN
-        -- Letters and signs only: what they mean is for the daemons, which disable a schedule that they do not understand.
-        IF NEW.cron !~ '^\s*([0-9A-Za-z*?,/#-]+\s+){4}[0-9A-Za-z*?,/#-]+\s*$' THEN
-            RAISE EXCEPTION 'cron must have 5 fields, not "%"', NEW.cron USING
+        -- What is longer is refused by its CHECK afterwards.
+        refusal := farm.build_cron_refusal(left(NEW.cron, 201));
+        IF refusal IS NOT NULL THEN
+            RAISE EXCEPTION '%', refusal USING
                 ERRCODE = 'check_violation',
-                HINT = 'Minute, hour, day of month, month, day of week: ''30 2 * * *'' is 02:30 each night, ''0 * * * *'' each hour, ''0 6 * * MON-FRI'' 06:00 on working days.';
+                HINT = 'Minute, hour, day of month, month, day of week: ''30 2 * * *'' is 02:30 each night, ''0 * * * *'' each hour, ''0 6 * * MON-FRI'' 06:00 on working days; or @hourly, @daily, @weekly, @monthly, @yearly.';
         END IF;
         SELECT z.name INTO zone FROM pg_timezone_names z WHERE lower(z.name) = lower(NEW.time_zone) LIMIT 1;
         IF NOT FOUND THEN

@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 use nix::unistd::{Uid, User};
 
+use super::output::Stdout;
+use super::terminal::harmless_line;
 use crate::config::{self, Config, KILL_TIME, Worker};
 use crate::database::SessionLimits;
 use crate::database::examine::{Asked, Finding, Findings, Level, OnMaster, examine};
@@ -191,7 +193,7 @@ async fn mail(address: Option<&str>, config: &Config, found: &mut Findings) {
 }
 
 fn print(found: &Findings) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = Stdout;
     for Finding { level, subject, text } in &found.0 {
         let level = match level {
             Level::Ok => "ok",
@@ -199,7 +201,7 @@ fn print(found: &Findings) -> io::Result<()> {
             Level::Problem => "PROBLEM",
         };
         // A server's message may have more than one line.
-        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let text = harmless_line(&text.split_whitespace().collect::<Vec<_>>().join(" "));
         writeln!(out, "{level:<7}  {subject}: {text}")?;
     }
     out.flush()

@@ -13,6 +13,8 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::output::{Stdout, is_closed_pipe, note};
+use super::terminal::{harmless, harmless_line};
 use crate::database::ConnInfo;
 use crate::database::migrate::migrate;
 use crate::embedded::{Options, Server, StopMode};
@@ -98,11 +100,15 @@ Everything is temporary and removed at the end, or when you press Ctrl-C.\n",
     let worker_log = stage.stop_worker().await;
     let closed = stage.close().await;
     if let Err(error) = outcome {
-        if !error.is::<Interrupted>() {
-            eprintln!("\nThe end of the worker's log:\n{}\n", last_lines(&worker_log));
-        }
         if let Err(error) = closed {
-            eprintln!("buildreactor: {error:#}");
+            note(&format!("{error:#}"));
+        }
+        if is_closed_pipe(&error) {
+            // Quietly: whoever read it has seen enough.
+            return Err(error);
+        }
+        if !error.is::<Interrupted>() {
+            show_tail("the worker's log", &worker_log);
         }
         return Err(error.context("the demo did not get to its end, and has taken away what it started"));
     }
@@ -234,7 +240,7 @@ async fn judge(psql: &Psql) -> anyhow::Result<()> {
         let state = psql.ask(&format!("SELECT state FROM recent_builds WHERE builder = '{builder}'")).await?;
         if state != expected {
             let log = psql.ask(&format!("SELECT build_log_text(id) FROM builds WHERE builder = '{builder}'")).await?;
-            eprintln!("\nThe end of the log of `{builder}`:\n{}", last_lines(&log));
+            show_tail(&format!("the log of `{builder}`"), &log);
             let state = if state.is_empty() { "not in recent_builds" } else { &state };
             wrong.push(format!("the build of `{builder}` is {state} instead of {expected}"));
         }
@@ -279,7 +285,7 @@ impl Build {
     fn progress(&self) -> String {
         let Build { id, builder, state, .. } = self;
         let Some(seconds) = self.seconds else { return format!("build {id} ({builder}) is {state}") };
-        let line = self.last_log_line.as_deref().unwrap_or("").trim();
+        let line = harmless_line(self.last_log_line.as_deref().unwrap_or(""));
         format!("build {id} ({builder}) {}:{:02} {line}", seconds / 60, seconds % 60)
     }
 }
@@ -421,7 +427,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
-            eprintln!("buildreactor: {error:#}");
+            note(&format!("{error:#}"));
         }
     }
 }
@@ -448,7 +454,7 @@ impl Psql {
     async fn show_with(&self, options: &[&str], sql: &str) -> anyhow::Result<()> {
         say(&format!("{}=> {sql}", self.database))?;
         let output = self.run(&[options, &["-c", sql]].concat()).await?;
-        say(String::from_utf8_lossy(&output.stdout).trim_end())?;
+        say(&harmless(String::from_utf8_lossy(&output.stdout).trim_end()))?;
         say("")
     }
 
@@ -523,7 +529,12 @@ fn last_lines(text: &str) -> String {
     lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
 }
 
-/// Prints a line. Unlike `println!` it can fail: then the demo ends in order.
+/// To standard error, if anybody reads it.
+fn show_tail(of: &str, text: &str) {
+    let _read = writeln!(std::io::stderr(), "\nThe end of {of}:\n{}\n", harmless(&last_lines(text)));
+}
+
+/// Prints a line.
 fn say(line: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout().lock(), "{line}").context("could not write to the standard output")
+    writeln!(Stdout, "{line}").map_err(Into::into)
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::bail;
 
-use super::watch::link::{Link, WhenAway, is_closed_pipe, note, stdout_is_closed};
+use super::output::{Stdout, is_closed_pipe, note, stdout_is_closed};
+use super::terminal::Screen;
+use super::watch::link::{Link, WhenAway};
 use super::watch::text::verdict;
 use crate::config::Config;
 use crate::database::reading::Piece;
@@ -33,21 +35,39 @@ pub struct Arguments {
     /// Go on until the build has ended, through further attempts; then exit with 0 if it passed, else 1
     #[arg(long, short)]
     follow: bool,
+
+    /// Give a terminal the log as it is, whatever it does to the terminal; without it, colours alone pass, and the rest is shown as ^[ or <U+202E>
+    #[arg(long)]
+    raw: bool,
 }
 
-/// Prints a log to stdout as it is stored, and what there is to say about it to stderr.
+/// Exit code after Ctrl-C: 128 and SIGINT, as a shell would say.
+const INTERRUPTED: u8 = 130;
+
+/// Prints a log to stdout, into a pipe as it is stored, and what there is to say about it to stderr.
 pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCode> {
-    match print(&arguments, config).await {
+    let screen = (io::stdout().is_terminal() && !arguments.raw).then(Screen::default);
+    let on_screen = screen.is_some();
+    let mut printer = Printer { screen, ..Printer::default() };
+    let result = tokio::select! {
+        result = print(&arguments, config, &mut printer) => result,
+        // So that the terminal is not left in the colours of the log.
+        interrupted = tokio::signal::ctrl_c(), if on_screen => {
+            interrupted?;
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+    };
+    let rest = printer.rest().map_err(anyhow::Error::from);
+    match result.and_then(|code| rest.map(|()| code)) {
         Err(error) if is_closed_pipe(&error) => Ok(ExitCode::SUCCESS),
         result => result,
     }
 }
 
-async fn print(arguments: &Arguments, config: &Config) -> anyhow::Result<ExitCode> {
+async fn print(arguments: &Arguments, config: &Config, printer: &mut Printer) -> anyhow::Result<ExitCode> {
     let id = BuildId(arguments.id);
     let when_away = if arguments.follow { WhenAway::Wait } else { WhenAway::Fail };
     let mut link = Link::open(config, when_away, note).await?;
-    let mut printer = Printer::default();
     let mut current = arguments.attempt;
     let mut known = false;
     loop {
@@ -110,6 +130,8 @@ struct Printer {
     in_line: bool,
     /// What was said last on stderr.
     said: String,
+    /// Where stdout is a terminal and the log is not wanted raw.
+    screen: Option<Screen>,
 }
 
 impl Printer {
@@ -128,10 +150,13 @@ impl Printer {
                     ));
                 }
                 follows_marker = piece.content.starts_with(MARKER);
-                let mut stdout = io::stdout().lock();
-                stdout.write_all(piece.content.as_bytes())?;
-                stdout.flush()?;
-                self.in_line = !piece.content.ends_with('\n');
+                match &mut self.screen {
+                    Some(screen) => {
+                        let shown = screen.show(&piece.content);
+                        self.write(&shown)?;
+                    }
+                    None => self.write(&piece.content)?,
+                }
             }
             if i64::try_from(page.len())? < PAGE {
                 return Ok(());
@@ -139,11 +164,29 @@ impl Printer {
         }
     }
 
+    fn write(&mut self, text: &str) -> io::Result<()> {
+        Stdout.write_all(text.as_bytes())?;
+        Stdout.flush()?;
+        let text = text.trim_end_matches("\u{1b}[0m").trim_end_matches("\u{1b}[m");
+        if !text.is_empty() {
+            self.in_line = !text.ends_with('\n');
+        }
+        Ok(())
+    }
+
+    /// Shows what a terminal has not been shown yet, and ends the log's colours.
+    fn rest(&mut self) -> io::Result<()> {
+        let rest = self.screen.as_mut().map(Screen::end).unwrap_or_default();
+        self.write(&rest)
+    }
+
     /// Says something on stderr, once, on a line of its own.
     fn say(&mut self, line: String) {
         if line == self.said {
             return;
         }
+        // Not in the colours of the log, which may be those of the ground. Whether stdout can be written is seen by the next piece.
+        let _seen_later = self.rest();
         if std::mem::take(&mut self.in_line) && io::stderr().is_terminal() {
             let _read = writeln!(io::stderr());
         }

@@ -4,16 +4,23 @@ mod check;
 mod demo;
 mod hidden;
 mod log;
+mod log_writer;
 mod migrate;
+mod output;
 mod run;
+mod terminal;
 mod watch;
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
+
+use self::log_writer::{Log, LogWriter, Style};
+use self::output::{Stdout, is_closed_pipe, note};
 
 use crate::config::{self, Config};
 use crate::database::migrate::MigrateError;
@@ -103,7 +110,10 @@ pub fn main() -> ExitCode {
     // exec on; the keeper does this again.
     let _dumpable = nix::sys::prctl::set_dumpable(false);
     let line = hidden::CommandLine::take();
-    let arguments = Arguments::parse_from(&line.arguments);
+    let arguments = match Arguments::try_parse_from(&line.arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => return help(&error),
+    };
     // Before anything else has threads: the keeper forks.
     if let Command::Keeper { dir } = &arguments.command {
         return crate::executor::process::keeper::keep(dir);
@@ -111,17 +121,49 @@ pub fn main() -> ExitCode {
     if let Command::Run(_) = arguments.command
         && let Err(error) = line.hide()
     {
-        eprintln!("buildreactor: the environment that I was started with stays in sight of root's processes: {error}");
+        note(&format!("the environment that I was started with stays in sight of root's processes: {error}"));
     }
-    match start_log(&arguments).and_then(|()| dispatch(arguments)) {
-        Ok(code) => code,
+    let style = match arguments.json {
+        true => Style::Json,
+        false if std::io::stderr().is_terminal() => Style::Terminal,
+        false => Style::Text,
+    };
+    let log = match Log::to_stderr(style) {
+        Ok(log) => log,
         Err(error) => {
-            eprintln!("buildreactor: {}", Chain(error.as_ref()));
+            note(&format!("cannot start the thread that writes the log: {error}"));
+            return ExitCode::from(exit::TEMPFAIL);
+        }
+    };
+    let code = start_log(&arguments, log.writer()).and_then(|()| dispatch(arguments));
+    // What a full disk has not taken yet. Where the reader has gone, the command's own code holds.
+    let code = code.and_then(|code| match Stdout.flush().map_err(anyhow::Error::from) {
+        Err(error) if !is_closed_pipe(&error) => Err(error),
+        Ok(()) | Err(_) => Ok(code),
+    });
+    match code {
+        Ok(code) => code,
+        Err(error) if is_closed_pipe(&error) => ExitCode::FAILURE,
+        Err(error) => {
+            // After the lines of the log, and like them: whoever does not read them keeps no daemon from ending.
+            let say = |line: &str| log.writer().line(format!("buildreactor: {line}\n").into_bytes());
+            say(&terminal::harmless(&Chain(error.as_ref()).to_string()));
             if let Some(cure) = cure(&error) {
-                eprintln!("buildreactor: {cure}");
+                say(cure);
             }
             ExitCode::from(exit_code(&error))
         }
+    }
+}
+
+/// Prints what clap has to say: help to standard output, a refusal to standard error.
+fn help(said: &clap::Error) -> ExitCode {
+    match said.print().and_then(|()| std::io::stdout().flush()) {
+        Err(error) if !said.use_stderr() && error.kind() != std::io::ErrorKind::BrokenPipe => {
+            note(&format!("standard output cannot be written: {error}"));
+            ExitCode::FAILURE
+        }
+        Ok(()) | Err(_) => ExitCode::from(u8::try_from(said.exit_code()).unwrap_or(2)),
     }
 }
 
@@ -249,18 +291,27 @@ fn database_exit_code(error: &DatabaseError) -> u8 {
     }
 }
 
-fn start_log(arguments: &Arguments) -> anyhow::Result<()> {
-    use std::io::IsTerminal;
+fn start_log(arguments: &Arguments, writer: LogWriter) -> anyhow::Result<()> {
     // It says itself what happens.
     let demo = matches!(arguments.command, Command::Demo(_));
     let usual = if demo { "warn" } else { "info,tokio_postgres=error,deadpool_postgres=error,refinery_core=warn" };
     let filter = log_filter(std::env::var("BUILDREACTOR_LOG").ok().as_deref().unwrap_or(usual))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_target(false);
+    // Its own words about errors would go to standard error directly, and panic there.
+    let builder = builder.log_internal_errors(false);
     if arguments.json {
         builder.json().flatten_event(true).init();
     } else {
         builder.with_ansi(std::io::stderr().is_terminal()).init();
     }
+    // The usual hook waits for a reader that has stopped reading.
+    std::panic::set_hook(Box::new(|panic| {
+        let backtrace = std::backtrace::Backtrace::capture();
+        match backtrace.status() {
+            std::backtrace::BacktraceStatus::Captured => tracing::error!("{panic}\n{backtrace}"),
+            _ => tracing::error!("{panic}"),
+        }
+    }));
     Ok(())
 }
 

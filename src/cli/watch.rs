@@ -7,16 +7,18 @@ mod one;
 mod tables;
 pub mod text;
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use console::Term;
 use indicatif::ProgressDrawTarget;
 
-use self::link::{Link, WhenAway, is_closed_pipe, note};
+use self::link::{Link, WhenAway};
 use self::live::Live;
 use self::tables::Farm;
+use super::output::{Stdout, is_closed_pipe, note};
+use super::terminal::harmless_line;
 use crate::config::Config;
 use crate::model::BuildId;
 
@@ -53,7 +55,7 @@ pub async fn run(arguments: Arguments, config: &Config) -> anyhow::Result<ExitCo
         interrupted = tokio::signal::ctrl_c() => {
             interrupted?;
             if is_terminal() {
-                writeln!(io::stdout())?;
+                writeln!(Stdout)?;
             }
             Ok(if whole_farm { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
         }
@@ -81,7 +83,7 @@ async fn print_once(config: &Config) -> anyhow::Result<ExitCode> {
     let farm = Farm::look(&mut link, tables::MOST_RECENT).await?;
     let width = is_terminal().then(|| Term::stdout().size().1);
     let Farm { waiting, running, recent, .. } = &farm;
-    let mut out = io::stdout().lock();
+    let mut out = Stdout;
     writeln!(out, "{}", farm.waiting_title(waiting.rows.len()))?;
     if !waiting.rows.is_empty() {
         writeln!(out, "{}", tables::waiting_table(&waiting.rows, width))?;
@@ -102,7 +104,7 @@ async fn watch_live(config: &Config) -> anyhow::Result<ExitCode> {
     let above = live.above();
     let mut link = Link::open(config, WhenAway::Wait, move |line| {
         // Nobody to tell where the terminal is gone.
-        let _told = above.println(line);
+        let _told = above.println(harmless_line(line));
     })
     .await?;
     loop {

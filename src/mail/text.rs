@@ -1,6 +1,8 @@
-//! Text of others made fit for a mail: no control characters, no tricks with direction, not endless.
+//! Text of others made fit for a mail: no control characters, no tricks with direction or width, not endless.
 
 use std::time::Duration;
+
+use crate::report::deceives;
 
 /// The most of the end of a log, in bytes.
 const LOG: usize = 32 << 10;
@@ -14,7 +16,7 @@ pub fn clean_line(text: &str, most: usize) -> String {
         if !clean.is_empty() {
             clean.push(' ');
         }
-        clean.extend(word.chars().filter(|c| !turns(*c)));
+        clean.extend(word.chars().filter(|c| !tricks(*c)));
     }
     cut(clean, most)
 }
@@ -47,9 +49,9 @@ pub fn span(time: Duration) -> String {
     }
 }
 
-/// Characters that turn the direction of what follows, and so could show a text as another.
-fn turns(c: char) -> bool {
-    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+/// Characters that could show a text as another, but the two that only join letters and emoji.
+fn tricks(c: char) -> bool {
+    deceives(c) && !matches!(c, '\u{200c}' | '\u{200d}')
 }
 
 fn cut(text: String, most: usize) -> String {
@@ -78,7 +80,7 @@ fn without_escapes(line: &str) -> String {
                 _ => {}
             },
             '\t' => clean.push(c),
-            c if c.is_control() || turns(c) => {}
+            c if c.is_control() || tricks(c) => {}
             c => clean.push(c),
         }
     }
@@ -93,6 +95,11 @@ mod tests {
     fn a_line_is_one_line_whatever_is_in_it() {
         assert_eq!(clean_line(" a\r\nBcc: x\t\u{0}y\u{2028}z ", 100), "a Bcc: x y z");
         assert_eq!(clean_line("שלום \u{202e}🎉<b>", 100), "שלום 🎉<b>");
+        assert_eq!(clean_line("p\u{200b}a\u{61c}y\u{2060}p\u{ad}al\u{e0041}", 100), "paypal");
+        assert_eq!(
+            clean_line("نمی\u{200c}خواهم 👩\u{200d}💻 ✔\u{fe0f}", 100),
+            "نمی\u{200c}خواهم 👩\u{200d}💻 ✔\u{fe0f}"
+        );
         assert_eq!(clean_line(&"x".repeat(10_000), 10), format!("{}...", "x".repeat(10)));
         assert_eq!(clean_line("\n", 3), "");
     }

@@ -1,13 +1,14 @@
 //! Everything, as plain lines: one for each change.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
-use super::link::{Link, WhenAway, note, stdout_is_closed};
+use super::link::{Link, WhenAway};
 use super::pause;
 use super::tables::Farm;
 use super::text::{Place, runs, verdict_of_recent, waits};
+use crate::cli::output::{Stdout, note, stdout_is_closed};
 use crate::config::Config;
 use crate::model::BuildId;
 
@@ -24,12 +25,10 @@ pub async fn watch(config: &Config) -> anyhow::Result<ExitCode> {
     loop {
         let begun = tokio::time::Instant::now();
         let farm = Farm::look(&mut link, i64::try_from(ALL_RECENT)?).await?;
-        let mut out = io::stdout().lock();
         for line in changes.since_last(&farm) {
-            writeln!(out, "{line}")?;
+            writeln!(Stdout, "{line}")?;
         }
-        out.flush()?;
-        drop(out);
+        Stdout.flush()?;
         tokio::time::sleep(pause(begun.elapsed())).await;
         if stdout_is_closed() {
             return Ok(ExitCode::SUCCESS);

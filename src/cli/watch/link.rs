@@ -1,10 +1,6 @@
-//! The connection of a command that goes on when the database has been away, and its words on stderr.
+//! The connection of a command that goes on when the database has been away.
 
-use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::time::Duration;
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::config::Config;
 use crate::database::reading::Reader;
@@ -95,22 +91,4 @@ fn backoff() -> impl Iterator<Item = Duration> {
         .without_max_times()
         .with_jitter()
         .build()
-}
-
-/// A line on stderr. Not `eprintln!`, which panics where nobody reads it (`2>&1 | head`).
-pub fn note(line: &str) {
-    let _read = writeln!(io::stderr(), "buildreactor: {line}");
-}
-
-/// Whether the reader of our stdout has gone. A write would tell as well, but a silent build has nothing to write.
-pub fn stdout_is_closed() -> bool {
-    let stdout = io::stdout();
-    let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
-    let gone = PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL;
-    poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents().is_some_and(|events| events.intersects(gone))
-}
-
-/// Whether this is the error of a write to a closed stdout: the quiet end of `| head`.
-pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }

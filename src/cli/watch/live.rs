@@ -4,7 +4,7 @@ use console::Term;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::tables::{Farm, recent_table, waiting_table};
-use super::text::{line_or_nothing, span, span_or_dash};
+use super::text::{line, line_or_nothing, span, span_or_dash};
 use crate::database::reading::Running;
 
 /// How a progress bar looks.
@@ -71,7 +71,8 @@ impl Live {
         let widths = (widest(rows, |row| row.builder.len()), widest(rows, |row| row.worker.len()));
         for (bar, row) in self.bars.iter().zip(rows) {
             let (builder, worker) = widths;
-            bar.set_prefix(format!("{:>6} {:builder$} {:worker$}", row.build.0, row.builder, row.worker));
+            let names = (line(&row.builder), line(&row.worker));
+            bar.set_prefix(format!("{:>6} {:builder$} {:worker$}", row.build.0, names.0, names.1));
             set_progress(bar, row);
             bar.set_message(progress(row));
         }

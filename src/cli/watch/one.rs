@@ -9,10 +9,12 @@ use anyhow::bail;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::time::Instant;
 
-use super::link::{Link, WhenAway, note, stdout_is_closed};
+use super::link::{Link, WhenAway};
 use super::live::{BAR, BAR_CHARS, progress, set_progress};
 use super::text::{self, Place, runs, span, verdict, waits};
 use super::{is_terminal, pause};
+use crate::cli::output::{Stdout, note, stdout_is_closed};
+use crate::cli::terminal::harmless_line;
 use crate::config::Config;
 use crate::database::reading::{BuildNow, Elsewhere, Running, Waiting};
 use crate::model::BuildId;
@@ -85,8 +87,9 @@ impl Stage {
                 rows.rows.into_iter().next().map(Stage::Running)
             }
             other => Some(Stage::Described(format!(
-                "build {id} of {} is {other}, not queued: INSERT INTO build_queue (build_id) VALUES ({id});",
-                build.builder
+                "build {id} of {} is {}, not queued: INSERT INTO build_queue (build_id) VALUES ({id});",
+                text::line(&build.builder),
+                text::line(other)
             ))),
         })
     }
@@ -177,7 +180,7 @@ impl Teller {
         };
         move |line: &str| match &bar {
             None => note(line),
-            Some(bar) => bar.println(line),
+            Some(bar) => bar.println(harmless_line(line)),
         }
     }
 
@@ -190,9 +193,9 @@ impl Teller {
                 }
                 match stage {
                     Stage::Running(Running { usual_seconds: Some(usual), .. }) => {
-                        writeln!(io::stdout(), "{line}, usually {}", span(*usual))?;
+                        writeln!(Stdout, "{line}, usually {}", span(*usual))?;
                     }
-                    _ => writeln!(io::stdout(), "{line}")?,
+                    _ => writeln!(Stdout, "{line}")?,
                 }
                 *last = line;
             }
@@ -212,7 +215,7 @@ impl Teller {
     fn add(&self, lines: &[String]) -> io::Result<()> {
         for line in lines {
             match self {
-                Teller::Lines { .. } => writeln!(io::stdout(), "{line}")?,
+                Teller::Lines { .. } => writeln!(Stdout, "{line}")?,
                 Teller::Terminal(screen) => screen.bar.println(line),
             }
         }
@@ -223,7 +226,7 @@ impl Teller {
         if let Teller::Terminal(screen) = &self {
             screen.bar.finish_and_clear();
         }
-        writeln!(io::stdout(), "{verdict}")
+        writeln!(Stdout, "{verdict}")
     }
 }
 
@@ -243,7 +246,8 @@ impl Screen {
             }
             Stage::Running(running) => {
                 bar.set_style(style.clone());
-                bar.set_prefix(format!("build {} of {} on {}", running.build, running.builder, running.worker));
+                let (builder, worker) = (text::line(&running.builder), text::line(&running.worker));
+                bar.set_prefix(format!("build {} of {builder} on {worker}", running.build));
                 set_progress(bar, running);
                 bar.set_message(progress(running));
             }

@@ -66,6 +66,7 @@ impl Farm {
 /// `w1 1/2`, `w2 0/2 draining`, `w3 gone`
 pub fn worker(worker: &Worker) -> String {
     let Worker { name, status, running, slots } = worker;
+    let (name, status) = (line(name), line(status));
     match status.as_str() {
         "active" => format!("{name} {running}/{slots}"),
         "gone" => format!("{name} gone"),
@@ -86,7 +87,7 @@ pub fn waiting_table(rows: &[Waiting], width: Option<u16>) -> String {
     let row = |row: &Waiting| {
         vec![
             number(row.build),
-            Cell::new(&row.builder),
+            Cell::new(line(&row.builder)),
             number(row.position),
             number(span_or_dash(row.waiting_seconds)),
             number(span_or_dash(row.expected_seconds)),
@@ -102,8 +103,8 @@ pub fn running_table(rows: &[Running], width: Option<u16>) -> String {
     let row = |row: &Running| {
         vec![
             number(row.build),
-            Cell::new(&row.builder),
-            Cell::new(&row.worker),
+            Cell::new(line(&row.builder)),
+            Cell::new(line(&row.worker)),
             number(row.attempt),
             number(span(row.elapsed_seconds)),
             number(span_or_dash(row.usual_seconds)),
@@ -119,11 +120,11 @@ pub fn recent_table(rows: &[Recent], width: Option<u16>) -> String {
     let row = |row: &Recent| {
         vec![
             number(row.build),
-            Cell::new(&row.builder),
-            Cell::new(&row.state).fg(colour(&row.state)),
+            Cell::new(line(&row.builder)),
+            Cell::new(line(&row.state)).fg(colour(&row.state)),
             number(span_or_dash(row.ran_seconds)),
             number(span(row.ago_seconds)),
-            Cell::new(row.worker.as_deref().unwrap_or("-")),
+            Cell::new(row.worker.as_deref().map_or_else(|| "-".to_owned(), line)),
             Cell::new(line_or_nothing(row.detail.as_deref())),
         ]
     };

@@ -1,5 +1,6 @@
 //! Words and numbers for people.
 
+use crate::cli::terminal::harmless_line;
 use crate::database::reading::{BuildNow, Elsewhere, Recent, Running, Step, Waiting};
 use crate::model::{BuildId, clean_line};
 
@@ -27,9 +28,10 @@ pub fn span_or_dash(seconds: Option<f64>) -> String {
     seconds.map_or_else(|| "-".to_owned(), span)
 }
 
-/// One line without control characters, of what people, scripts and builds wrote.
+/// One line that does nothing to a terminal, of what people, scripts and builds wrote. Names of workers and states are such text too: whoever may
+/// write to the database may have written them.
 pub fn line(text: &str) -> String {
-    clean_line(text.trim(), LONGEST)
+    harmless_line(&clean_line(text.trim(), LONGEST))
 }
 
 /// [`line()`], or nothing.
@@ -57,9 +59,9 @@ fn ended(id: BuildId, builder: &str, state: &str, ran_seconds: Option<f64>, deta
     let is = match state {
         "passed" | "failed" | "timed_out" => state.replace('_', " "),
         "error" => "ended in error".to_owned(),
-        other => format!("was {other}"),
+        other => format!("was {}", line(other)),
     };
-    format!("build {id} of {builder} {is}{took}{why}")
+    format!("build {id} of {} {is}{took}{why}", line(builder))
 }
 
 /// Whether a line tells the place in the queue, which changes with each build that starts.
@@ -78,13 +80,13 @@ pub fn waits(waiting: &Waiting, place: Place) -> String {
         Place::Shown => format!(", place {position}"),
         Place::Hidden => String::new(),
     };
-    format!("build {build} of {builder} waits{place}: {}", line(because))
+    format!("build {build} of {} waits{place}: {}", line(builder), line(because))
 }
 
 /// A running build in one line that changes only when something happens.
 pub fn runs(running: &Running) -> String {
     let Running { build, builder, attempt, worker, .. } = running;
-    format!("build {build} of {builder} runs, attempt {attempt} on {worker}")
+    format!("build {build} of {} runs, attempt {attempt} on {}", line(builder), line(worker))
 }
 
 /// Where another system builds it: `  http://localhost:8010/#/builders/1/builds/7 on oak`.
@@ -106,7 +108,7 @@ pub fn step(step: &Step) -> String {
         "failed" => format!("  {position} {name} failed{took}{why}"),
         "warnings" => format!("  {position} {name} passed with warnings{took}{why}"),
         "error" => format!("  {position} {name} ended in error{took}{why}"),
-        other => format!("  {position} {name} was {other}{why}"),
+        other => format!("  {position} {name} was {}{why}", line(other)),
     }
 }
 

@@ -14,6 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -57,6 +58,8 @@ const LONGEST: usize = 16 << 20;
 
 /// The keeper's whole life. `dir`: the worker's folder.
 pub fn keep(dir: &Path) -> ExitCode {
+    // The usual hook waits for a reader that has stopped reading.
+    std::panic::set_hook(Box::new(|panic| complain(&panic.to_string())));
     match run(dir) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -71,9 +74,24 @@ pub fn program() -> Option<(u64, u64)> {
     std::fs::metadata("/proc/self/exe").map(|found| (found.dev(), found.ino())).ok()
 }
 
-/// To standard error, if anybody still holds its other end.
+/// A line on standard error. It is lost, and counted, where it would have to wait: a reader that has stopped reading must not keep the
+/// keeper from its leases. The next line says how many were lost.
 fn complain(text: &str) {
-    let _unheard = writeln!(std::io::stderr(), "buildreactor keeper: {text}");
+    static LOST: AtomicU32 = AtomicU32::new(0);
+    let lost = LOST.load(Ordering::Relaxed);
+    let before = if lost == 0 { String::new() } else { format!(" (earlier lines that were lost: {lost})") };
+    let mut line = format!("buildreactor keeper: {text}{before}").into_bytes();
+    // A pipe that poll calls ready takes so much without waiting (pipe(7): PIPE_BUF).
+    line.truncate(4095);
+    line.push(b'\n');
+    let stderr = std::io::stderr();
+    let mut fds = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+    let ready = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0);
+    if ready && nix::unistd::write(stderr.as_fd(), &line).is_ok_and(|written| written == line.len()) {
+        LOST.store(0, Ordering::Relaxed);
+    } else {
+        LOST.store(lost.saturating_add(1), Ordering::Relaxed);
+    }
 }
 
 struct Keeper {
