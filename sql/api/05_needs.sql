@@ -125,7 +125,8 @@ BEGIN
         next := '{}';
         is_stuck := false;
         FOR waiting IN SELECT q.build_id FROM farm.build_queue q WHERE q.needs <> '{}' AND q.needs && ended ORDER BY q.build_id LOOP
-            IF clock_timestamp() > stop_at THEN
+            -- At least one: a new session takes as long to plan these statements.
+            IF settled > 0 AND clock_timestamp() > stop_at THEN
                 left_over := left_over || ended || next;
                 RETURN;
             END IF;
@@ -175,8 +176,12 @@ BEGIN
     FOR older IN
         SELECT q.* FROM farm.build_queue q
         WHERE q.builder = $1 AND q.coalesce_key = $2 AND q.build_id <> $3
-          -- The newest must not start later than what it replaces: not for its time, nor for builds that it alone needs.
-          AND coalesce($5, '-infinity') <= greatest(coalesce(q.run_after, '-infinity'), clock_timestamp()) AND $6 <@ farm.build_needs_open(q.needs)
+          -- The newest must not start later than what it replaces: not for its time, nor for builds that it alone needs. But a role may put off
+          -- what it has put off itself: each push then waits anew for some quiet minutes.
+          AND (coalesce($5, '-infinity') <= greatest(coalesce(q.run_after, '-infinity'), clock_timestamp())
+               OR q.run_after > clock_timestamp() AND EXISTS (
+                   SELECT FROM farm.builds o JOIN farm.builds n ON n.submitted_by = o.submitted_by WHERE o.id = q.build_id AND n.id = $3))
+          AND $6 <@ farm.build_needs_open(q.needs)
           -- What the newest needs is not done by the newest.
           AND q.build_id NOT IN (
               WITH RECURSIVE up AS (

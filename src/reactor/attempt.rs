@@ -546,7 +546,8 @@ impl<'a> Attempt<'a> {
     /// through; the attempt's own row does.
     async fn record(&mut self, ended: &Ended) -> Option<Recorded> {
         let id = self.job.id;
-        let mut warned: Option<(Instant, String)> = None;
+        // Details may differ from try to try; what kind of refusal it is tells whether it is news.
+        let mut warned: Option<(Instant, Option<String>)> = None;
         // Each try is a ping of the claim, where it stands.
         let mut pause = Pause { next: RETAKE, most: self.shared.settings.ping };
         loop {
@@ -581,10 +582,11 @@ impl<'a> Attempt<'a> {
                     return recorded;
                 }
                 Err(error) => {
-                    let why = self.unrecorded(ended, &error).await;
-                    if warned.as_ref().is_none_or(|(at, said)| at.elapsed() > COMPLAIN || *said != why) {
+                    let kind = error.sqlstate().map(str::to_owned);
+                    if warned.as_ref().is_none_or(|(at, said)| at.elapsed() > COMPLAIN || *said != kind) {
+                        let why = self.unrecorded(ended, &error).await;
                         tracing::warn!(build.id = %id.build, build.attempt = id.attempt, "{why}");
-                        warned = Some((Instant::now(), why));
+                        warned = Some((Instant::now(), kind));
                     }
                     if error.sqlstate().is_some() && !claim.is_over() {
                         // Nobody else is to take the build for lost meanwhile.
