@@ -27,5 +27,6 @@ mod support;
 mod torture;
 mod transcripts;
 mod trees;
+mod trust;
 mod waiting;
 mod wakes;

@@ -184,7 +184,7 @@ COMMENT ON FUNCTION farm.build_needs_settle(bigint) IS 'Looks at the needs of a 
 
 CREATE OR REPLACE FUNCTION farm.build_ended() RETURNS trigger
     -- The planner expects many from a recursive query, and would have it compiled for each build that ends.
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_variable
 BEGIN
     -- As a rule nothing hangs on it, and what follows is costly to prepare.
@@ -436,7 +436,7 @@ BEGIN
     END IF;
     IF moved THEN
         -- Letters and signs only: what they mean is for the daemons, which disable a schedule that they do not understand.
-        IF NEW.cron !~ '^\s*([0-9A-Za-z*?,/#-]+\s+){4}[0-9A-Za-z*?,/#-]+\s*$' THEN
+        IF NEW.cron !~ '^[[:space:]]*([0-9A-Za-z*?,/#-]+[[:space:]]+){4}[0-9A-Za-z*?,/#-]+[[:space:]]*$' THEN
             RAISE EXCEPTION 'cron must have 5 fields, not "%"', NEW.cron USING
                 ERRCODE = 'check_violation',
                 HINT = 'Minute, hour, day of month, month, day of week: ''30 2 * * *'' is 02:30 each night, ''0 * * * *'' each hour, ''0 6 * * MON-FRI'' 06:00 on working days.';

@@ -18,5 +18,8 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
         }
         println!("{place} is now at version {}", report.version);
     }
+    for note in &report.notes {
+        println!("{note}");
+    }
     Ok(ExitCode::SUCCESS)
 }

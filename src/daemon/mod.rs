@@ -131,7 +131,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let (herald, proclaim) = Herald::new(database.clone(), Arc::clone(&bell));
     let proclaim = crate::tasks::spawn(proclaim);
     let tidying = TaskTracker::new();
-    let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
+    let retention =
+        crate::tasks::spawn(retention::run(database.clone(), worker.name.clone(), config.retention.clone()));
     let janitor = crate::tasks::spawn(janitor::run(folders.attempts(), config.log.keep));
     let stopping = CancellationToken::new();
     let postman = mailer.map(|mailer| {

@@ -16,8 +16,8 @@ pub mod retention;
 pub mod schedules;
 mod schema;
 mod session;
-
 mod tls;
+mod trust;
 pub mod watch;
 
 use std::future::Future;
