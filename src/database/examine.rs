@@ -194,12 +194,17 @@ async fn connection(client: &Client, home: &Schema, info: &ConnInfo, found: &mut
         );
         return Ok(false);
     }
-    let (role, dbname): (String, String) = (row.get("role"), row.get("dbname"));
-    if row.get("read_only") {
+    let dbname: String = row.get("dbname");
+    if let Some(source) = row.get::<_, Option<&str>>("read_only") {
+        let who = if source.contains("user") { "of this role" } else { "of everybody" };
         let text = format!(
-            "sessions of role `{role}` in database `{dbname}` are read-only unless they say otherwise: workers do, people's INSERTs do not; to mend it, RESET default_transaction_read_only where it is set (psql shows: \\drds and SHOW config_file)"
+            "sessions {who} in database `{dbname}` are read-only unless they say otherwise, as a worker's do and people's INSERTs do not: RESET default_transaction_read_only where it is set (psql shows: \\drds and SHOW config_file)"
         );
-        found.note(SUBJECT, text);
+        if source.contains("user") {
+            found.note(SUBJECT, text);
+        } else {
+            found.problem(SUBJECT, text);
+        }
     }
     let encoding: String = row.get("encoding");
     if encoding != "UTF8" {

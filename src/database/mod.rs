@@ -17,7 +17,7 @@ pub mod schedules;
 mod schema;
 mod session;
 mod tls;
-mod trust;
+pub mod trust;
 pub mod watch;
 
 use std::future::Future;

@@ -6,7 +6,7 @@ use tokio_postgres::{Client, Row};
 
 use super::migrate::own_names;
 use super::schema::{HISTORY, Schema, quoted};
-use super::{Result, answered};
+use super::{ConnInfo, Result, answered, connect, session};
 
 const STEP: &str = "look who may change the schema";
 
@@ -182,4 +182,20 @@ pub(super) async fn give_paths(client: &Client, schema: &Schema) -> Result<Vec<S
         }
     }
     Ok(notes)
+}
+
+/// [`give_paths`] over a connection of its own, for a daemon that starts: such a function may be younger than the last `migrate`.
+///
+/// # Errors
+/// No connection, or the server refused.
+pub async fn give_paths_at_start(info: &ConnInfo) -> Result<Vec<String>> {
+    let (client, connection) = connect(info, "buildreactor").await?;
+    let _driver = crate::tasks::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(error = %crate::report::Chain(&error), "the connection ended");
+        }
+    });
+    let schema = Schema::default();
+    answered(STEP, session::prepare(&client, &schema, &session::work())).await?;
+    give_paths(&client, &schema).await
 }

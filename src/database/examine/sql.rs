@@ -5,8 +5,7 @@ pub(super) const VERSION: &str = "SELECT current_setting('server_version_num')::
 
 /// $1 text: the schema. How we are connected, and to what. `others`: tables that are not ours.
 pub(super) const CONNECTION: &str = "
-    SELECT current_user::text AS role, current_database()::text AS dbname,
-           pg_is_in_recovery() AS standby, current_setting('transaction_read_only') = 'on' AS read_only,
+    SELECT current_database()::text AS dbname, pg_is_in_recovery() AS standby, (SELECT s.source FROM pg_settings s WHERE s.name = 'default_transaction_read_only' AND s.setting = 'on') AS read_only,
            current_setting('server_encoding') AS encoding,
            (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid() AND s.ssl) AS tls,
            inet_client_addr() IS NULL AS socket,
