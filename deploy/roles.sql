@@ -14,6 +14,9 @@
 --     CREATE ROLE ann LOGIN IN ROLE build_operator;
 --     CREATE ROLE dashboard LOGIN IN ROLE build_viewer;
 --
+-- Everybody else may not connect to this database any more, nor create anything in the schema: give other roles that need to
+-- connect, such as those that make backups, GRANT CONNECT ON DATABASE by name.
+--
 -- Who may change `builders` decides what runs on the workers. None of these roles may: that stays with the owner.
 
 \set ON_ERROR_STOP on
@@ -29,6 +32,9 @@ SELECT format('CREATE ROLE %I NOLOGIN', name) FROM unnest(ARRAY[:'worker', :'sub
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 
 SELECT format('GRANT CONNECT ON DATABASE %I TO %I, %I, %I, %I', current_database(), :'worker', :'submitter', :'viewer', :'operator') \gexec
+-- Who may create objects in the schema can put them before ours while it is migrated; who may connect can take advisory locks and send wakes.
+SELECT format('REVOKE CONNECT ON DATABASE %I FROM PUBLIC', current_database()) \gexec
+REVOKE CREATE ON SCHEMA :"schema" FROM PUBLIC;
 GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"submitter", :"viewer", :"operator";
 SET LOCAL search_path = :"schema";
 
@@ -37,6 +43,13 @@ GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, wor
 GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_steps, build_locks, build_schedules, build_subscriptions, build_mail, workers TO :"viewer";
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
               retry_failed, keep_workspace, paused, paused_reason, branch_property) ON builders TO :"viewer";
+
+-- Where EXECUTE and USAGE were taken from PUBLIC (ALTER DEFAULT PRIVILEGES): what views, CHECKs and conditions of triggers call, all of it
+-- immutable, and what reads a log.
+SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I, %I', p.oid::regprocedure, :'viewer', :'worker')
+FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = :'schema' AND p.provolatile = 'i' AND p.proname ~ '^(build|mail)' \gexec
+GRANT EXECUTE ON FUNCTION build_log_text(bigint, integer) TO :"viewer";
+GRANT USAGE ON TYPE build_state, attempt_state TO :"viewer", :"worker";
 
 -- build_submitter is a viewer who may ask for builds and steer his own, and nothing else: a trigger writes the rest of the row in builds.
 -- The functions refuse builds that another role submitted.
@@ -61,7 +74,7 @@ GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, build_steps, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
 GRANT EXECUTE ON FUNCTION build_needs_settle(bigint), build_needs_follow(bigint[], double precision), build_queue_supersede(text, text, bigint),
-    build_cancel_settle(bigint) TO :"worker";
+    build_cancel_settle(bigint), build_prune(bigint[]) TO :"worker";
 -- Not the history: a worker that was broken into cannot delete it. One whose [retention] has builds or builds_per_builder needs:
 --     GRANT DELETE ON builds TO build_worker;
 

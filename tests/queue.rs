@@ -124,7 +124,7 @@ async fn two_needs_that_end_at_the_same_instant_release_their_build_once() {
     let (one, two) = (db.database(), db.database());
     db.execute(
         "CREATE TABLE released (build_id bigint);
-         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO public.released VALUES (NEW.build_id); RETURN NULL; END';
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SET search_path = public, pg_temp AS 'BEGIN INSERT INTO released VALUES (NEW.build_id); RETURN NULL; END';
          CREATE TRIGGER note AFTER UPDATE ON build_queue FOR EACH ROW WHEN (NEW.ready AND NOT OLD.ready) EXECUTE FUNCTION note()",
     )
     .await;

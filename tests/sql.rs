@@ -364,7 +364,7 @@ async fn everything_may_live_in_a_schema_of_its_own() {
 
 /// Takes the last migrations back, as if an older program had been here.
 const BEFORE_V6: &str =
-    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready, DROP COLUMN run, DROP COLUMN lease, DROP COLUMN grace;
+    "DROP VIEW queue_status; DROP VIEW worker_status; DROP VIEW running_builds; DROP TABLE build_steps; ALTER TABLE workers DROP COLUMN unready, DROP COLUMN run, DROP COLUMN kept, DROP COLUMN lease, DROP COLUMN grace;
     DROP TRIGGER a_begin ON build_attempts; DROP TRIGGER a_lost ON build_attempts;
     ALTER TABLE build_attempts DROP COLUMN external_worker, DROP COLUMN boot, DROP COLUMN lease;
     ALTER TABLE builders DROP CONSTRAINT buildbot_settings_are_texts_named_master_scheduler_builder,

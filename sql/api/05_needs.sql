@@ -110,7 +110,7 @@ END $$;
 COMMENT ON FUNCTION farm.build_needs_settle(bigint) IS 'Looks at the needs of a waiting build: releases it when all have passed, skips it when one has ended otherwise. Waits for nobody. For workers.';
 
 CREATE OR REPLACE FUNCTION farm.build_needs_follow(ended bigint[], seconds double precision, OUT settled bigint, OUT left_over bigint[])
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_variable
 DECLARE
     stop_at timestamptz := clock_timestamp() + make_interval(secs => seconds);
@@ -156,7 +156,7 @@ END $$;
 COMMENT ON FUNCTION farm.build_needs_follow(bigint[], double precision) IS 'Settles what hangs on builds that have ended, through any depth, level by level, for about so many seconds. Says how many it settled, and which ended builds something may still hang on: there was no time, or somebody holds a row. For workers.';
 
 CREATE OR REPLACE FUNCTION farm.build_ended() RETURNS trigger
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_variable
 BEGIN
     IF EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[NEW.id]) THEN

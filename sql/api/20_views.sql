@@ -47,12 +47,12 @@ LEFT JOIN LATERAL (
 LEFT JOIN LATERAL (
     -- The last line that has text; of a progress bar what stands after its last carriage return. A line that is written bit by bit lies
     -- in several pieces.
-    SELECT (regexp_match(rtrim(right(string_agg(right(newest.content, 2000), '' ORDER BY newest.seq), 2000), E'\r\n\t '), '[^\r\n]*$'))[1] AS last_log_line
+    SELECT (regexp_match(rtrim(right(string_agg(right(newest.content, 2000), '' ORDER BY newest.seq), 2000), E'\r\n\t '), E'[^\\r\\n]*$'))[1] AS last_log_line
     FROM (SELECT l.seq, l.content FROM farm.build_log l
           WHERE l.build_id = b.id AND l.attempt = b.attempt
             -- From the newest piece with text on, and some before it.
             AND l.seq > (SELECT t.seq FROM farm.build_log t
-                         WHERE t.build_id = b.id AND t.attempt = b.attempt AND t.content ~ '\S'
+                         WHERE t.build_id = b.id AND t.attempt = b.attempt AND t.content ~ '[^[:space:]]'
                          ORDER BY t.seq DESC LIMIT 1) - 8
           ORDER BY l.seq LIMIT 16) newest
 ) last_line ON true
@@ -125,7 +125,8 @@ SELECT w.name AS worker,
        w.accepting,
        w.unready,
        w.lease,
-       w.grace
+       w.grace,
+       w.kept
 FROM farm.workers w
 LEFT JOIN LATERAL (SELECT n.ours, n.holder FROM alive n WHERE n.hash = hashtext(w.name) ORDER BY n.ours DESC LIMIT 1) a ON true
 ORDER BY w.name;
@@ -143,6 +144,7 @@ COMMENT ON COLUMN farm.worker_status.started_at IS 'When its daemon started.';
 COMMENT ON COLUMN farm.worker_status.seen_ago IS 'How long ago it last looked at the queue.';
 COMMENT ON COLUMN farm.worker_status.detail IS 'One line for a person.';
 COMMENT ON COLUMN farm.worker_status.accepting IS 'False while it claims nothing for a reason of its own: see detail.';
+COMMENT ON COLUMN farm.worker_status.kept IS 'What its [retention] would delete and could not, in its last round, and why; null: nothing.';
 COMMENT ON COLUMN farm.worker_status.unready IS 'Builders whose builds it could not start when it last tried, each with the reason.';
 COMMENT ON COLUMN farm.worker_status.lease IS 'How long its builds live without a claim. Null: its program is older than the tables, and starts nothing.';
 COMMENT ON COLUMN farm.worker_status.grace IS 'How long it leaves a running build that nobody holds alone, or longer by as much as that build''s lease is longer than its own.';
@@ -174,7 +176,7 @@ WITH waiting AS (
                     min('worker ' || w.worker || ' is ' || w.detail) FILTER (WHERE NOT w.accepting)) AS refusal
     FROM farm.builders r
     LEFT JOIN live w ON w.status = 'active' AND r.labels <@ w.labels AND r.name ~ (
-        SELECT '^(' || string_agg(replace(replace(replace(p, '.', '\.'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)
+        SELECT '^(' || string_agg(replace(replace(replace(p, '.', '[.]'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)
     GROUP BY r.name
 ), taken AS MATERIALIZED (
     SELECT kind, number, part, pid, ours, holder FROM farm.build_advisory_locks WHERE kind IN ('slot', 'unit')

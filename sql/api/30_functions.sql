@@ -180,27 +180,46 @@ END $$;
 COMMENT ON FUNCTION farm.drain_worker(text) IS 'Lets a worker finish what it runs and then leave.';
 
 CREATE OR REPLACE FUNCTION farm.prune_builds(older_than interval) RETURNS bigint
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_variable
 DECLARE
-    gone bigint;
+    before timestamptz;
+    began timestamptz := clock_timestamp();
+    gone bigint := 0;
+    kept jsonb := '{}';
+    ids bigint[];
+    last_at timestamptz := '-infinity';
+    last_id bigint := -9223372036854775808;
+    part record;
+    held record;
 BEGIN
     IF older_than IS NULL OR older_than < '0' THEN
         RAISE EXCEPTION 'prune_builds needs an age, for example prune_builds(''90 days'')' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    -- A batch a call, the oldest first, so that no call holds anything up; what others hold is left for the next.
-    WITH old AS (
-        SELECT b.id FROM farm.builds b
-        WHERE b.finished_at < clock_timestamp() - older_than
-          AND NOT EXISTS (SELECT FROM farm.build_queue q WHERE q.needs <> '{}' AND q.needs @> ARRAY[b.id])
-        ORDER BY b.finished_at LIMIT 1000 FOR UPDATE SKIP LOCKED
-    ), deleted AS (
-        DELETE FROM farm.builds b USING old WHERE b.id = old.id RETURNING 1
-    )
-    SELECT count(*) INTO gone FROM deleted;
+    before := began - older_than;
+    -- Some a call, the oldest first, so that no call holds anything up; what others hold is left for the next. Those that stay are passed by.
+    LOOP
+        SELECT array_agg(o.id ORDER BY o.finished_at, o.id), max(o.finished_at) INTO ids, last_at FROM (
+            SELECT b.id, b.finished_at FROM farm.builds b
+            WHERE b.finished_at < before AND b.finished_at >= last_at AND (b.finished_at, b.id) > (last_at, last_id)
+              AND NOT EXISTS (SELECT FROM farm.build_queue q WHERE q.needs <> '{}' AND q.needs @> ARRAY[b.id])
+            ORDER BY b.finished_at, b.id LIMIT 1000 FOR UPDATE SKIP LOCKED
+        ) o;
+        EXIT WHEN ids IS NULL;
+        last_id := ids[cardinality(ids)];
+        SELECT p.deleted, p.kept INTO part FROM farm.build_prune(ids) p;
+        gone := gone + part.deleted;
+        FOR held IN SELECT key, value::bigint AS builds FROM jsonb_each_text(part.kept) LOOP
+            kept := kept || jsonb_build_object(held.key, held.builds + coalesce((kept ->> held.key)::bigint, 0));
+        END LOOP;
+        EXIT WHEN cardinality(ids) < 1000 OR gone >= 1000 OR (gone > 0 AND clock_timestamp() > began + interval '1 second');
+    END LOOP;
+    FOR held IN SELECT key, value FROM jsonb_each_text(kept) ORDER BY key LOOP
+        RAISE NOTICE '% old builds stay: %', held.value, held.key;
+    END LOOP;
     RETURN gone;
 END $$;
-COMMENT ON FUNCTION farm.prune_builds(interval) IS 'Deletes up to 1000 finished builds older than this, with attempts and logs, and says how many. Call it until it says 0 (in psql: \watch).';
+COMMENT ON FUNCTION farm.prune_builds(interval) IS E'Deletes a thousand finished builds older than this, or some more, with attempts and logs, and says how many. What other tables refer to stays; a notice names them. Call it until it says 0 (in psql: \\watch).';
 
 -- What triggers and daemons call works with the owner's rights, and asks nobody who they are.
 REVOKE EXECUTE ON FUNCTION farm.build_cancel_settle(bigint), farm.build_cancel(bigint, text, text) FROM PUBLIC;

@@ -18,6 +18,7 @@ pub async fn run(config: &Config) -> anyhow::Result<ExitCode> {
     } else {
         format!("{place} is now at version {}", report.version)
     });
+    lines.extend(report.notes.iter().cloned());
     match writeln!(Stdout, "{}", lines.join("\n")).map_err(anyhow::Error::from) {
         // It is done, whether anybody reads of it or not.
         Err(error) if !is_closed_pipe(&error) => Err(error),

@@ -269,7 +269,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         return match error {
             error if error.is_forbidden() => exit::CONFIG,
             MigrateError::Database(error) => database_exit_code(error),
-            MigrateError::Newer { .. } | MigrateError::NoSchema => exit::CONFIG,
+            MigrateError::Newer { .. } | MigrateError::NoSchema | MigrateError::Foreign { .. } => exit::CONFIG,
             MigrateError::Migration(_) => 1,
             MigrateError::Locked { .. } => exit::TEMPFAIL,
         };

@@ -20,7 +20,7 @@ use crate::config::{Config, KILL_TIME};
 use crate::database::mail::Reach;
 use crate::database::migrate::{SchemaState, known_version, schema_state};
 use crate::database::queries::Hello;
-use crate::database::{ConnInfo, Database, DatabaseError, News, SessionLimits};
+use crate::database::{ConnInfo, Database, DatabaseError, News, SessionLimits, trust};
 use crate::executor::buildbot::{self, BuildbotExecutor};
 use crate::executor::{Folders, Registry, boot_id, new_id, process};
 use crate::mail::{MailError, Mailer};
@@ -28,6 +28,7 @@ pub use crate::reactor::Left;
 use crate::reactor::herald::Herald;
 use crate::reactor::in_hand::InHand;
 use crate::reactor::{self, Order, Outage, Reactor, Shared};
+use crate::report::Chain;
 
 /// After the order to stop: how long results are waited for. Terminate (5 s), kill, and the COMMIT fit in.
 const LAST_PATIENCE: Duration = Duration::from_secs(15);
@@ -127,6 +128,11 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     if !schema_fits(&info, &mut receive_orders).await? {
         return Ok(Left::Ordered);
     }
+    // Nothing of it is needed to run: `check` says the same.
+    match trust::give_paths_at_start(&info).await {
+        Ok(notes) => notes.iter().for_each(|note| tracing::warn!("{note}")),
+        Err(error) => tracing::warn!("{}", Chain(&error)),
+    }
     // The server lets go of a claim later than we do (lease), and earlier than others take it over (grace).
     let limits = SessionLimits { slots: worker.slots, claim_idle: config.lease.lease + KILL_TIME };
     let database = Database::new(info, limits, &format!("buildreactor {}", worker.name))?;
@@ -134,7 +140,8 @@ pub async fn run(config: &Config, info: ConnInfo) -> Result<Left, DaemonError> {
     let (herald, proclaim) = Herald::new(database.clone(), Arc::clone(&bell));
     let proclaim = crate::tasks::spawn(proclaim);
     let (tidying, in_hand) = (TaskTracker::new(), InHand::default());
-    let retention = crate::tasks::spawn(retention::run(database.clone(), config.retention.clone()));
+    let retention =
+        crate::tasks::spawn(retention::run(database.clone(), worker.name.clone(), config.retention.clone()));
     let janitor =
         crate::tasks::spawn(janitor::run(database.clone(), in_hand.clone(), folders.attempts(), config.log.keep));
     let stopping = CancellationToken::new();

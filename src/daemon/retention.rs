@@ -1,5 +1,6 @@
 //! Deletes finished builds and logs that `[retention]` no longer keeps: in small batches, with pauses, one daemon at a time.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -22,15 +23,16 @@ const PAUSES: u32 = 4;
 /// At most so many builds in a batch.
 const MOST: i64 = 1000;
 
-/// Goes round for ever, unless everything is kept.
-pub async fn run(database: Database, keep: Retention) {
+/// Goes round for ever, unless everything is kept. `worker`: who shows people what cannot be deleted.
+pub async fn run(database: Database, worker: String, keep: Retention) {
     if keep == Retention::default() {
         return;
     }
     let period = keep.builds.into_iter().chain(keep.logs).fold(PERIOD, Duration::min).max(SHORTEST_PERIOD);
     let mut trouble = Trouble::default();
+    let mut shown = None;
     loop {
-        let wait = match round(&database, &keep).await {
+        let wait = match round(&database, &worker, &keep, &mut shown).await {
             Ok(()) => {
                 trouble.is_over();
                 period
@@ -47,19 +49,26 @@ pub async fn run(database: Database, keep: Retention) {
     }
 }
 
-/// Deletes all that is no longer kept, unless another daemon is at it. What is locked or needed is left for another round.
-async fn round(database: &Database, keep: &Retention) -> Result<(), DatabaseError> {
+/// Deletes all that is no longer kept, unless another daemon is at it. What is locked, needed or referred to is left for another round.
+/// `shown`: what people were told last.
+async fn round(
+    database: &Database,
+    worker: &str,
+    keep: &Retention,
+    shown: &mut Option<Option<String>>,
+) -> Result<(), DatabaseError> {
     let Some(pruning) = database.pruning().await? else { return Ok(()) };
     let mut pace = Pace { size: 50 };
     let (mut builds, mut logs) = (0, 0);
-    // What the server refuses of one builder, such as builds that a table of somebody's own refers to, holds up no other.
+    let mut kept = BTreeMap::new();
+    // What the server refuses of one builder holds up no other.
     let mut refused = None;
     if keep.builds.is_some() || keep.builds_per_builder.is_some() {
         let mut builder = String::new();
         while let Some(next) = pace.paced(pruning.next(&builder, keep.builds, keep.builds_per_builder)).await? {
             builder = next.builder;
             let Some(since) = next.since else { continue };
-            match prune_builds(&pruning, &mut pace, &builder, since, &mut builds).await {
+            match prune_builds(&pruning, &mut pace, &builder, since, &mut builds, &mut kept).await {
                 Err(error) if error.sqlstate().is_some() => refused = Some(error),
                 outcome => outcome?,
             }
@@ -81,23 +90,36 @@ async fn round(database: &Database, keep: &Retention) -> Result<(), DatabaseErro
             "deleted what [retention] no longer keeps: {builds} builds, {logs} pieces of logs"
         );
     }
+    let kept: Vec<String> = kept.iter().map(|(why, count)| format!("{count} builds stay: {why}")).collect();
+    let kept = (!kept.is_empty()).then(|| kept.join("; "));
+    if shown.as_ref() != Some(&kept) {
+        if let Some(kept) = &kept {
+            tracing::warn!("[retention] cannot delete all that is old: {kept}");
+        }
+        database.show_kept(worker, kept.as_deref()).await?;
+        *shown = Some(kept);
+    }
     refused.map_or(Ok(()), Err)
 }
 
-/// Deletes builds of one builder, and counts them.
+/// Deletes builds of one builder; counts them, and those that stay.
 async fn prune_builds(
     pruning: &Pruning,
     pace: &mut Pace,
     builder: &str,
     since: (jiff::Timestamp, i64),
     deleted: &mut i64,
+    kept: &mut BTreeMap<String, i64>,
 ) -> Result<(), DatabaseError> {
     let mut reached = None;
     loop {
         let most = pace.size;
         let batch = pace.batch(pruning.builds(builder, since, reached, most)).await?;
         *deleted += batch.deleted;
-        if batch.deleted < most {
+        for (why, count) in batch.kept {
+            *kept.entry(why).or_default() += count;
+        }
+        if batch.looked < most {
             return Ok(());
         }
         reached = batch.reached;

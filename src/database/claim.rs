@@ -74,8 +74,8 @@ impl Claim {
     pub async fn take(&mut self, builder: &Builder, occupied: &[i32], candidates: &[BuildId]) -> Result<Tried> {
         const STEP: &str = "claim a build";
         let session = self.session()?;
-        let slot_sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::CLAIM_SLOT))).await?;
-        let row_sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::CLAIM_ROW))).await?;
+        let slot_sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::CLAIM_SLOT))).await?;
+        let row_sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::CLAIM_ROW))).await?;
         let ids: Vec<i64> = candidates.iter().map(|id| id.0).collect();
         // Pipelined: sent together, answered in order. The last, by the simple protocol, closes the portal of the one
         // before, whose snapshot would otherwise stay open with the transaction and make every
@@ -353,7 +353,7 @@ impl Claim {
         ];
         // Preparing it, where that was not done before, waits for locks too: behind the savepoint, like the statement.
         let statement = async {
-            let sql = session.prepare_cached(&*self.schema.sql(queries::RECORD_RESULT)).await?;
+            let sql = session.prepare_cached(&self.schema.sql(queries::RECORD_RESULT)).await?;
             session.query_opt(&sql, &values).await
         };
         let (saved, row) =

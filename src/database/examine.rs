@@ -11,6 +11,8 @@ use tokio_postgres::{Client, Row};
 
 use self::sessions::{Kind, Session};
 use super::migrate::{self, SchemaState, known_version};
+use super::schema::{PATH, PATH_OF_TRANSACTION, Schema};
+use super::trust::{self, Judge};
 use super::{ANSWER_TIME, ConnInfo, Database, Result, SessionLimits, answered};
 use crate::report::Chain;
 
@@ -104,23 +106,27 @@ pub struct OnMaster {
 pub async fn examine(info: &ConnInfo, asked: &Asked, found: &mut Findings) -> Result<Vec<OnMaster>> {
     let session = Session::open(info).await?;
     let client = &session.client;
+    let home = answered("look for the schema", Schema::look(client)).await?;
     // Sessions before all that prepares statements: behind transaction pooling those fail in confusing ways.
-    if !connection(client, info, found).await? || !sessions_are_ours(&session, info, found).await {
+    if !connection(client, &home, info, found).await? || !sessions_are_ours(&session, info, found).await {
         found.note("the rest", "was not looked at, because of the problem above");
         return Ok(Vec::new());
     }
+    answered("look at the database", client.batch_execute(PATH)).await?;
     let mut elsewhere = Vec::new();
-    let there = schema(client, info, found).await;
+    let there = schema(client, &home, info, found).await;
     if keep_on("schema", there, found)?.unwrap_or(true) {
-        let outcome = privileges(client, asked, found).await;
+        let outcome = privileges(client, &home, asked, found).await;
         keep_on("privileges", outcome, found)?;
-        let outcome = triggers(client, found).await;
+        let outcome = others(client, &home, found).await;
+        keep_on("others", outcome, found)?;
+        let outcome = triggers(client, &home, found).await;
         keep_on("triggers", outcome, found)?;
-        let outcome = masters(client, asked, found).await;
+        let outcome = masters(client, &home, asked, found).await;
         elsewhere = keep_on("buildbot", outcome, found)?.unwrap_or_default();
-        let outcome = connections(client, asked, found).await;
+        let outcome = connections(client, &home, asked, found).await;
         keep_on("connections", outcome, found)?;
-        let outcome = leases::leases(client, asked, found).await;
+        let outcome = leases::leases(client, &home, asked, found).await;
         keep_on("leases", outcome, found)?;
     }
     let outcome = timeouts(client, info, asked, found).await;
@@ -146,19 +152,28 @@ async fn rows(client: &Client, sql: &str, params: &[(&(dyn ToSql + Sync), Type)]
 }
 
 async fn one(client: &Client, sql: &str) -> Result<Row> {
-    answered("look at the database", client.query_typed_one(sql, &[])).await
+    first(client, sql, &[]).await
+}
+
+async fn first(client: &Client, sql: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> Result<Row> {
+    answered("look at the database", client.query_typed_one(sql, params)).await
 }
 
 /// The server, the way to it, the database. False: nothing else would work.
-async fn connection(client: &Client, info: &ConnInfo, found: &mut Findings) -> Result<bool> {
+async fn connection(client: &Client, home: &Schema, info: &ConnInfo, found: &mut Findings) -> Result<bool> {
     const SUBJECT: &str = "connection";
+    // In one transaction: behind a transaction pooler a SET would stay with a session that others use next.
+    const STEP: &str = "look at the database";
+    answered(STEP, client.batch_execute(&format!("BEGIN ISOLATION LEVEL READ COMMITTED; {PATH_OF_TRANSACTION}")))
+        .await?;
     let row = one(client, sql::VERSION).await?;
     let (major, version): (i32, String) = (row.get("major"), row.get("version"));
     if major < OLDEST {
         found.problem(SUBJECT, format!("PostgreSQL {version} is too old: use version {OLDEST} to {NEWEST}"));
         return Ok(false);
     }
-    let row = one(client, sql::CONNECTION).await?;
+    let row = first(client, sql::CONNECTION, &[(&home.name(), Type::TEXT)]).await?;
+    answered(STEP, client.batch_execute("COMMIT")).await?;
     let tls: Option<String> = row.get("tls");
     let plain = tls.is_none() && !row.get::<_, bool>("socket");
     let way = match tls {
@@ -184,12 +199,17 @@ async fn connection(client: &Client, info: &ConnInfo, found: &mut Findings) -> R
         );
         return Ok(false);
     }
-    let (role, dbname): (String, String) = (row.get("role"), row.get("dbname"));
-    if row.get("read_only") {
+    let dbname: String = row.get("dbname");
+    if let Some(source) = row.get::<_, Option<&str>>("read_only") {
+        let who = if source.contains("user") { "of this role" } else { "of everybody" };
         let text = format!(
-            "sessions of role `{role}` in database `{dbname}` are read-only: RESET default_transaction_read_only where it is set (psql shows: \\drds and SHOW config_file)"
+            "sessions {who} in database `{dbname}` are read-only unless they say otherwise, as a worker's do and people's INSERTs do not: RESET default_transaction_read_only where it is set (psql shows: \\drds and SHOW config_file)"
         );
-        found.problem(SUBJECT, text);
+        if source.contains("user") {
+            found.note(SUBJECT, text);
+        } else {
+            found.problem(SUBJECT, text);
+        }
     }
     let encoding: String = row.get("encoding");
     if encoding != "UTF8" {
@@ -247,10 +267,9 @@ async fn sessions_are_ours(session: &Session, info: &ConnInfo, found: &mut Findi
 }
 
 /// False: there is none.
-async fn schema(client: &Client, info: &ConnInfo, found: &mut Findings) -> Result<bool> {
+async fn schema(client: &Client, home: &Schema, info: &ConnInfo, found: &mut Findings) -> Result<bool> {
     const SUBJECT: &str = "schema";
-    let row = one(client, sql::SCHEMA).await?;
-    let Some(schema) = row.get::<_, Option<String>>("schema") else {
+    let Some(schema) = home.name() else {
         found.problem(
             SUBJECT,
             "no schema of the search_path exists, or this role may not use it: CREATE SCHEMA or GRANT USAGE, or name another in the connection string (options=-csearch_path=NAME)",
@@ -279,6 +298,7 @@ async fn schema(client: &Client, info: &ConnInfo, found: &mut Findings) -> Resul
             found.problem(SUBJECT, text);
         }
         SchemaState::Missing => {
+            let row = first(client, sql::ELSEWHERE, &[(&schema, Type::TEXT)]).await?;
             let elsewhere: Option<String> = row.get("elsewhere");
             let hint = elsewhere.map_or(String::new(), |there| {
                 format!(
@@ -292,8 +312,35 @@ async fn schema(client: &Client, info: &ConnInfo, found: &mut Findings) -> Resul
     Ok(state != SchemaState::Missing)
 }
 
-async fn privileges(client: &Client, asked: &Asked, found: &mut Findings) -> Result<()> {
-    let lacking = rows(client, sql::PRIVILEGES, &[(&asked.deletes_builds, Type::BOOL)]).await?;
+/// What others could do, or have done, to the schema; and functions of people's own that sessions of ours call.
+async fn others(client: &Client, home: &Schema, found: &mut Findings) -> Result<()> {
+    const SUBJECT: &str = "others";
+    let before = found.0.len();
+    for role in trust::creators(client, home).await? {
+        found.problem(SUBJECT, trust::may_create(home, &role));
+    }
+    for object in trust::foreign(client, home, Judge::Looking).await? {
+        let text = format!(
+            "{object} could take the place of PostgreSQL's own or of ours: DROP it, move it to another schema, or ALTER ... OWNER TO the owner of the database"
+        );
+        found.problem(SUBJECT, text);
+    }
+    for function in trust::pathless(client, home).await? {
+        let text = format!(
+            "{}, which {} call, finds no table in sessions of workers, so what it is called for fails there: {};",
+            function.function, function.tables, function.remedy
+        );
+        found.problem(SUBJECT, text);
+    }
+    if found.0.len() == before {
+        found.ok(SUBJECT, "nobody else can put objects before ours, and triggers of your own find their tables");
+    }
+    Ok(())
+}
+
+async fn privileges(client: &Client, home: &Schema, asked: &Asked, found: &mut Findings) -> Result<()> {
+    let params: [(&(dyn ToSql + Sync), Type); 2] = [(&home.name(), Type::TEXT), (&asked.deletes_builds, Type::BOOL)];
+    let lacking = rows(client, sql::PRIVILEGES, &params).await?;
     for row in &lacking {
         let (role, object): (&str, &str) = (row.get("role"), row.get("object"));
         let (missing, remedy): (&str, &str) = (row.get("missing"), row.get("remedy"));
@@ -314,9 +361,9 @@ fn expected_triggers() -> impl Iterator<Item = (&'static str, &'static str)> {
     })
 }
 
-async fn triggers(client: &Client, found: &mut Findings) -> Result<()> {
+async fn triggers(client: &Client, home: &Schema, found: &mut Findings) -> Result<()> {
     const SUBJECT: &str = "triggers";
-    let there = rows(client, sql::TRIGGERS, &[]).await?;
+    let there = rows(client, sql::TRIGGERS, &[(&home.name(), Type::TEXT)]).await?;
     let before = found.0.len();
     for (table, name) in expected_triggers() {
         let row = there.iter().find(|row| (row.get("relation"), row.get("name")) == (table, name));
@@ -346,10 +393,10 @@ async fn triggers(client: &Client, found: &mut Findings) -> Result<()> {
 }
 
 /// Builders that this worker could not build for, for want of a master; comes back with the others.
-async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result<Vec<OnMaster>> {
+async fn masters(client: &Client, home: &Schema, asked: &Asked, found: &mut Findings) -> Result<Vec<OnMaster>> {
     const SUBJECT: &str = "buildbot";
     let params: [(&(dyn ToSql + Sync), Type); 2] = [(&asked.masters, Type::TEXT_ARRAY), (&asked.worker, Type::TEXT)];
-    for row in rows(client, sql::MASTERS, &params).await? {
+    for row in rows(client, &home.sql(sql::MASTERS), &params).await? {
         let (builders, master): (&str, Option<&str>) = (row.get("builders"), row.get("master"));
         let lack = match master {
             Some(master) => format!("there is no section [buildbot.{master}] here"),
@@ -365,16 +412,16 @@ async fn masters(client: &Client, asked: &Asked, found: &mut Findings) -> Result
     }
     let params: [(&(dyn ToSql + Sync), Type); 2] =
         [(&asked.masters, Type::TEXT_ARRAY), (&asked.labels, Type::TEXT_ARRAY)];
-    let builders = rows(client, sql::ON_MASTERS, &params).await?;
+    let builders = rows(client, &home.sql(sql::ON_MASTERS), &params).await?;
     let on_master =
         |row: &Row| OnMaster { name: row.get("name"), settings: row.get("settings"), master: row.get("master") };
     Ok(builders.iter().map(on_master).collect())
 }
 
 /// The worker's name, and room for the connections of all workers.
-async fn connections(client: &Client, asked: &Asked, found: &mut Findings) -> Result<()> {
+async fn connections(client: &Client, home: &Schema, asked: &Asked, found: &mut Findings) -> Result<()> {
     const SUBJECT: &str = "connections";
-    let workers = rows(client, sql::WORKERS, &[(&asked.worker, Type::TEXT)]).await?;
+    let workers = rows(client, &home.sql(sql::WORKERS), &[(&asked.worker, Type::TEXT)]).await?;
     let (slots, holder): (Vec<i32>, Option<String>) =
         workers.first().map_or((Vec::new(), None), |row| (row.get("slots"), row.get("holder")));
     match holder {

@@ -205,7 +205,7 @@ impl Database {
     pub async fn mail_facts(&self, mail: i64) -> Result<Option<Facts>> {
         const STEP: &str = "look up what a mail is to say";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::MAIL_FACTS))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::MAIL_FACTS))).await?;
         let Some(row) = answered(STEP, session.query_opt(&sql, &[&mail])).await? else { return Ok(None) };
         // A clock that was set back makes it negative.
         let seconds = |name: &str| -> Option<Duration> {
@@ -300,7 +300,7 @@ impl Database {
     pub async fn mail_wait(&self, reach: &mut Reach, ahead: Duration) -> Result<Option<Duration>> {
         const STEP: &str = "look when the next mail is due";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::MAIL_WAIT))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::MAIL_WAIT))).await?;
         let row = answered(STEP, session.query_one(&sql, &[&reach.since, &ahead.as_secs_f64()])).await?;
         reach.since = Some(row.get("since"));
         let seconds: Option<f64> = row.get("seconds");

@@ -17,8 +17,8 @@ pub mod retention;
 pub mod schedules;
 mod schema;
 mod session;
-
 mod tls;
+pub mod trust;
 pub mod watch;
 
 use std::future::Future;

@@ -81,6 +81,7 @@ statements! {
     SETTLE_NEEDS = "settle_needs.sql";
     WORKER_HELLO = "worker_hello.sql";
     WORKER_HOLDER = "worker_holder.sql";
+    WORKER_KEPT = "worker_kept.sql";
 }
 
 /// A worker as it presents itself.
@@ -205,7 +206,7 @@ impl Database {
     ) -> Result<Begun> {
         const STEP: &str = "start an attempt";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(BEGIN_ATTEMPT))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(BEGIN_ATTEMPT))).await?;
         let Some(row) = answered(
             STEP,
             session.query_opt(
@@ -347,8 +348,8 @@ impl Database {
     pub async fn write_log(&self, id: AttemptId, changes: &[LogChange], durable: Durable) -> Result<()> {
         const STEP: &str = "write the log of a build";
         let mut session = self.work().await?;
-        let put = answered(STEP, session.prepare_cached(&*self.schema.sql(LOG_INSERT))).await?;
-        let delete = answered(STEP, session.prepare_cached(&*self.schema.sql(LOG_DELETE))).await?;
+        let put = answered(STEP, session.prepare_cached(&self.schema.sql(LOG_INSERT))).await?;
+        let delete = answered(STEP, session.prepare_cached(&self.schema.sql(LOG_DELETE))).await?;
         let transaction = answered(STEP, session.transaction()).await?;
         match durable {
             Durable::AtOnce => {}
@@ -380,7 +381,7 @@ impl Database {
     pub async fn attempt_seen(&self, id: AttemptId, seen: &Seen) -> Result<()> {
         const STEP: &str = "write the steps of a build";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(ATTEMPT_SEEN))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(ATTEMPT_SEEN))).await?;
         let steps = tokio_postgres::types::Json(&seen.steps);
         let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &seen.url, &seen.worker, &steps];
         answered(STEP, session.execute(&sql, &values)).await?;
@@ -474,7 +475,7 @@ impl Database {
     pub async fn notify(&self, events: &[String], wake: bool) -> Result<()> {
         const STEP: &str = "send events";
         let mut session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(NOTIFY))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(NOTIFY))).await?;
         let transaction = answered(STEP, session.transaction()).await?;
         answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
         answered(STEP, transaction.query(&sql, &[&events, &wake])).await?;

@@ -1,10 +1,11 @@
 //! Deleting what has finished long ago, a little at a time. On a session of its own, which ends with the round.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use deadpool_postgres::Object;
 use jiff::Timestamp;
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{Json, ToSql};
 
 use super::schema::Schema;
 use super::{Database, DatabaseError, Result, answered, keys, queries};
@@ -28,13 +29,26 @@ pub struct Kept {
     pub since: Option<(Timestamp, i64)>,
 }
 
-/// What came of a batch.
+/// What came of a batch of logs.
 #[derive(Clone, Copy, Debug)]
-pub struct Batch<At> {
-    /// How many rows went: builds, or pieces of logs.
+pub struct LogBatch {
+    /// How many pieces went.
     pub deleted: i64,
-    /// Where the next batch begins. `None`: there was nothing more.
-    pub reached: Option<At>,
+    /// After which build the next batch begins. `None`: there was nothing more.
+    pub reached: Option<i64>,
+}
+
+/// What came of a batch of builds.
+#[derive(Clone, Debug)]
+pub struct BuildBatch {
+    /// How many builds went.
+    pub deleted: i64,
+    /// How many were old enough; fewer than asked for means that there are no more.
+    pub looked: i64,
+    /// How many stay for each reason: a table of somebody's own refers to them, for example.
+    pub kept: BTreeMap<String, i64>,
+    /// After which build the next batch begins.
+    pub reached: Option<(Timestamp, i64)>,
 }
 
 impl Database {
@@ -57,6 +71,17 @@ impl Database {
         let holder = answered(STEP, session.query_opt(&*holder, &[&"retention", &None::<&str>])).await?;
         Ok(holder.is_some_and(|row| !row.get::<_, bool>("ours")).then_some(pruning))
     }
+
+    /// Shows people what `worker` cannot delete; `None`: nothing.
+    ///
+    /// # Errors
+    /// Not shown.
+    pub async fn show_kept(&self, worker: &str, kept: Option<&str>) -> Result<()> {
+        const STEP: &str = "say what [retention] cannot delete";
+        let session = self.work().await?;
+        answered(STEP, session.execute(&*self.schema.sql(queries::WORKER_KEPT), &[&worker, &kept])).await?;
+        Ok(())
+    }
 }
 
 impl Pruning {
@@ -74,7 +99,7 @@ impl Pruning {
     pub async fn next(&self, builder: &str, age: Option<Duration>, count: Option<u32>) -> Result<Option<Kept>> {
         const STEP: &str = "look which builds are old";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::PRUNE_NEXT))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::PRUNE_NEXT))).await?;
         let age = age.map(|age| age.as_secs_f64());
         let row = answered(STEP, session.query_opt(&sql, &[&builder, &age, &count.map(i64::from)])).await?;
         Ok(row.map(|row| Kept {
@@ -83,7 +108,7 @@ impl Pruning {
         }))
     }
 
-    /// Deletes at most `most` builds of `builder` that finished before `since`, the oldest first, from `reached` on.
+    /// Deletes at most `most` builds of `builder` that finished before `since`, the oldest first, after `reached`.
     ///
     /// # Errors
     /// None of them was deleted, unless the answer is what was lost.
@@ -91,27 +116,34 @@ impl Pruning {
         &self,
         builder: &str,
         since: (Timestamp, i64),
-        reached: Option<Timestamp>,
+        reached: Option<(Timestamp, i64)>,
         most: i64,
-    ) -> Result<Batch<Timestamp>> {
+    ) -> Result<BuildBatch> {
         const STEP: &str = "delete old builds";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::PRUNE_BUILDS))).await?;
-        let parameters: [&(dyn ToSql + Sync); 5] = [&builder, &since.0, &since.1, &reached, &most];
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::PRUNE_BUILDS))).await?;
+        let (at, id) = reached.unzip();
+        let parameters: [&(dyn ToSql + Sync); 6] = [&builder, &since.0, &since.1, &at, &id, &most];
         let row = answered(STEP, session.query_one(&sql, &parameters)).await?;
-        Ok(Batch { deleted: row.get("deleted"), reached: row.get("reached") })
+        let Json(kept) = row.get("kept");
+        Ok(BuildBatch {
+            deleted: row.get("deleted"),
+            looked: row.get("looked"),
+            kept,
+            reached: row.get::<_, Option<Timestamp>>("finished_at").zip(row.get("id")),
+        })
     }
 
     /// Deletes the logs of builds that finished longer than `age` ago, looking at `most` builds after `reached`.
     ///
     /// # Errors
     /// None of them was deleted, unless the answer is what was lost.
-    pub async fn logs(&self, age: Duration, reached: i64, most: i64) -> Result<Batch<i64>> {
+    pub async fn logs(&self, age: Duration, reached: i64, most: i64) -> Result<LogBatch> {
         const STEP: &str = "delete old logs";
         let session = self.session()?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::PRUNE_LOGS))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::PRUNE_LOGS))).await?;
         let row = answered(STEP, session.query_one(&sql, &[&reached, &age.as_secs_f64(), &most])).await?;
-        Ok(Batch { deleted: row.get("deleted"), reached: row.get("reached") })
+        Ok(LogBatch { deleted: row.get("deleted"), reached: row.get("reached") })
     }
 }
 

@@ -30,7 +30,7 @@ impl Database {
     pub async fn schedules_due(&self, aside: &[String], limit: i64) -> Result<Vec<Schedule>> {
         const STEP: &str = "look at the schedules";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::SCHEDULE_DUE))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::SCHEDULE_DUE))).await?;
         let rows = answered(STEP, session.query(&sql, &[&aside, &limit])).await?;
         Ok(rows
             .iter()
@@ -52,7 +52,7 @@ impl Database {
     pub async fn schedule_wait(&self, aside: &[String]) -> Result<Option<Duration>> {
         const STEP: &str = "look when the next schedule is due";
         let session = self.work().await?;
-        let sql = answered(STEP, session.prepare_cached(&*self.schema.sql(queries::SCHEDULE_WAIT))).await?;
+        let sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::SCHEDULE_WAIT))).await?;
         let row = answered(STEP, session.query_one(&sql, &[&aside])).await?;
         let seconds: Option<f64> = row.get("seconds");
         Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)))

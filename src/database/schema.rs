@@ -18,6 +18,12 @@ const WRITTEN: &str = "farm.";
 /// The search_path of all our sessions.
 pub(super) const PATH: &str = "SET search_path = pg_catalog, pg_temp";
 
+/// Before the first statement that reads: SERIALIZABLE READ ONLY DEFERRABLE, by a role's own settings, would wait for other people.
+const AT_ONCE: &str = "SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off";
+
+/// The same until the end of a transaction.
+pub(super) const PATH_OF_TRANSACTION: &str = "SET LOCAL search_path = pg_catalog, pg_temp";
+
 /// The schemas of the session's own search_path, in order. All names are PostgreSQL's own, because the path may hold other people's.
 const SCHEMAS: &str = "SELECT pg_catalog.current_schemas(false)::pg_catalog.text[]";
 
@@ -33,6 +39,8 @@ pub(super) struct Schema(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     name: OnceLock<String>,
+    /// The search_path that the person's session came with, where it was asked for.
+    path: OnceLock<Vec<String>>,
     texts: Mutex<HashMap<&'static str, Arc<str>>>,
 }
 
@@ -43,13 +51,28 @@ impl Schema {
     /// # Errors
     /// No answer; the session should be given up.
     pub(super) async fn first(client: &Client) -> Result<Option<Schema>, Error> {
+        client.batch_execute(AT_ONCE).await?;
         let names: Vec<String> = client.query_typed_one(SCHEMAS, &[]).await?.get(0);
         client.batch_execute(PATH).await?;
-        Ok(names.into_iter().next().map(|name| {
+        Ok(names.first().cloned().map(|name| {
             let schema = Schema::default();
-            let _new = schema.0.name.set(name);
+            let _new = (schema.0.name.set(name), schema.0.path.set(names));
             schema
         }))
+    }
+
+    /// Finds it without a change to the session's settings, which may be those of a pooler's session that others use next.
+    ///
+    /// # Errors
+    /// No answer; the session should be given up.
+    pub(super) async fn look(client: &Client) -> Result<Schema, Error> {
+        let schema = Schema::default();
+        client.batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED").await?;
+        let names: Vec<String> = client.query_typed_one(SCHEMAS, &[]).await?.get(0);
+        client.batch_execute(PATH_OF_TRANSACTION).await?;
+        schema.find(client, names).await?;
+        client.batch_execute("COMMIT").await?;
+        Ok(schema)
     }
 
     /// Finds it, unless it is known, and gives the session the search_path of all our sessions. Comes first in a session.
@@ -60,19 +83,37 @@ impl Schema {
         if self.0.name.get().is_some() {
             return client.batch_execute(PATH).await;
         }
+        client.batch_execute(AT_ONCE).await?;
         let names: Vec<String> = client.query_typed_one(SCHEMAS, &[]).await?.get(0);
         client.batch_execute(PATH).await?;
+        self.find(client, names).await
+    }
+
+    /// Picks it from the schemas `names`, in a session that has the search_path of ours.
+    async fn find(&self, client: &Client, names: Vec<String>) -> Result<(), Error> {
         let rows = client.query_typed(FIRST, &[(&names, Type::TEXT_ARRAY), (&HISTORY, Type::TEXT)]).await?;
         if let Some(row) = rows.first() {
             // Another session may have found it at the same time.
             let _known = self.0.name.set(row.get("name"));
         }
+        let _known = self.0.path.set(names);
         Ok(())
     }
 
     /// Its name; `None`: no session has found one.
     pub(super) fn name(&self) -> Option<&str> {
         self.0.name.get().map(String::as_str)
+    }
+
+    /// The schemas of the search_path that the person's session came with, this one, and `more`: where names of a person's own are found.
+    pub(super) fn path_of_people(&self, more: &str) -> String {
+        let mut names: Vec<&str> = self.0.path.get().into_iter().flatten().map(String::as_str).collect();
+        for name in [self.name().unwrap_or_default(), more] {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names.into_iter().map(quoted).chain(["pg_temp".to_owned()]).collect::<Vec<_>>().join(", ")
     }
 
     /// Sets the search_path that the statements of migrations need.
@@ -109,7 +150,7 @@ fn is_part_of_a_name(c: char) -> bool {
 }
 
 /// A name as an identifier that may stand anywhere: in a literal, between dollar signs, in a comment.
-fn quoted(name: &str) -> String {
+pub(super) fn quoted(name: &str) -> String {
     let is_plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | ' ');
     if name.chars().all(is_plain) {
         return format!("\"{name}\"");

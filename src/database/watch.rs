@@ -145,15 +145,15 @@ impl Watch {
         answered(STEP, session::prepare(&client, schema, &session::work())).await?;
         let prepared = answered(STEP, async {
             Ok(Prepared {
-                builders: client.prepare(&*schema.sql(queries::LOOK_BUILDERS)).await?,
-                all: client.prepare(&*schema.sql(queries::LOOK_ALL)).await?,
-                new: client.prepare(&*schema.sql(queries::LOOK_NEW)).await?,
-                unlocked: client.prepare(&*schema.sql(queries::LOOK_UNLOCKED)).await?,
-                mine: client.prepare(&*schema.sql(queries::LOOK_MINE)).await?,
-                cancels: client.prepare(&*schema.sql(queries::LOOK_CANCELS)).await?,
-                askers: client.prepare(&*schema.sql(queries::LOOK_ASKERS)).await?,
-                promote: client.prepare(&*schema.sql(queries::PROMOTE_DUE)).await?,
-                next_due: client.prepare(&*schema.sql(queries::NEXT_DUE)).await?,
+                builders: client.prepare(&schema.sql(queries::LOOK_BUILDERS)).await?,
+                all: client.prepare(&schema.sql(queries::LOOK_ALL)).await?,
+                new: client.prepare(&schema.sql(queries::LOOK_NEW)).await?,
+                unlocked: client.prepare(&schema.sql(queries::LOOK_UNLOCKED)).await?,
+                mine: client.prepare(&schema.sql(queries::LOOK_MINE)).await?,
+                cancels: client.prepare(&schema.sql(queries::LOOK_CANCELS)).await?,
+                askers: client.prepare(&schema.sql(queries::LOOK_ASKERS)).await?,
+                promote: client.prepare(&schema.sql(queries::PROMOTE_DUE)).await?,
+                next_due: client.prepare(&schema.sql(queries::NEXT_DUE)).await?,
             })
         })
         .await?;

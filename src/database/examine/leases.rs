@@ -5,23 +5,24 @@ use tokio_postgres::types::Type;
 
 use super::{Asked, Findings, rows};
 use crate::database::Result;
+use crate::database::schema::Schema;
 use crate::model::UNKNOWN_LEASE;
 
 /// $1 text: this worker. The others that have not said goodbye, with their numbers in seconds, and how many running builds do not say by
 /// which lease they live.
 const LEASES: &str = "
     SELECT w.name, extract(epoch FROM w.lease)::float8 AS lease, extract(epoch FROM w.grace)::float8 AS grace,
-           (SELECT count(*) FROM builds b JOIN build_attempts a ON a.build_id = b.id AND a.attempt = b.attempt
+           (SELECT count(*) FROM farm.builds b JOIN farm.build_attempts a ON a.build_id = b.id AND a.attempt = b.attempt
             WHERE b.state = 'running' AND b.worker = w.name AND a.lease IS NULL) AS silent
-    FROM workers w WHERE w.name <> $1 AND w.state <> 'stopped' ORDER BY w.name";
+    FROM farm.workers w WHERE w.name <> $1 AND w.state <> 'stopped' ORDER BY w.name";
 
 /// Where the numbers of other workers differ from this one's, and what follows.
-pub(super) async fn leases(client: &Client, asked: &Asked, found: &mut Findings) -> Result<()> {
+pub(super) async fn leases(client: &Client, home: &Schema, asked: &Asked, found: &mut Findings) -> Result<()> {
     const SUBJECT: &str = "leases";
     let (lease, grace) = (asked.lease.as_secs_f64(), asked.grace.as_secs_f64());
     let own = format!("[lease] lease is {lease} s, grace {grace} s");
     let before = found.0.len();
-    for row in rows(client, LEASES, &[(&asked.worker, Type::TEXT)]).await? {
+    for row in rows(client, &home.sql(LEASES), &[(&asked.worker, Type::TEXT)]).await? {
         let name: &str = row.get("name");
         let numbers = row.get::<_, Option<f64>>("lease").zip(row.get::<_, Option<f64>>("grace"));
         match numbers {

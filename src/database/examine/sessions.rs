@@ -49,7 +49,7 @@ impl Session {
 
     /// Which server process answers, and the mark that it was given.
     async fn server_process(&self) -> Result<(i32, Option<String>)> {
-        const SQL: &str = "SELECT pg_backend_pid(), current_setting('buildreactor.check', true)";
+        const SQL: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.current_setting('buildreactor.check', true)";
         let row = one(&self.client, SQL).await?;
         Ok((row.get(0), row.get(1)))
     }
@@ -60,7 +60,8 @@ impl Session {
     /// No second session, or the two cannot be used at once.
     pub(super) async fn kind(&self, info: &ConnInfo) -> Result<Kind> {
         const STEP: &str = "use two sessions";
-        const MARK: &str = "SELECT set_config('buildreactor.check', gen_random_uuid()::text, false)";
+        const MARK: &str =
+            "SELECT pg_catalog.set_config('buildreactor.check', pg_catalog.gen_random_uuid()::pg_catalog.text, false)";
         let second = Session::open(info).await?;
         let mark: Option<String> = one(&self.client, MARK).await?.get(0);
         let (mut of_first, mut of_second) = (BTreeSet::new(), BTreeSet::new());
@@ -79,7 +80,7 @@ impl Session {
         }
         let channel = format!("buildreactor_check_{}", std::process::id());
         answered(STEP, self.client.batch_execute(&format!("LISTEN {channel}"))).await?;
-        let notify = answered(STEP, second.client.prepare("SELECT pg_notify($1, '')")).await?;
+        let notify = answered(STEP, second.client.prepare("SELECT pg_catalog.pg_notify($1, '')")).await?;
         answered(STEP, second.client.query(&notify, &[&channel])).await?;
         let heard = tokio::time::timeout(ANSWER_TIME, self.heard.notified()).await.is_ok();
         answered(STEP, self.client.batch_execute(&format!("UNLISTEN {channel}"))).await?;

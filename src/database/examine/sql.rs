@@ -1,72 +1,75 @@
-//! The statements of [`super::examine`]. They only read and take no row locks. Times are seconds.
+//! The statements of [`super::examine`]. They only read and take no row locks. Times are seconds. They want the search_path of our sessions.
 
 /// Which PostgreSQL. Works with any version.
 pub(super) const VERSION: &str = "SELECT current_setting('server_version_num')::integer / 10000 AS major, current_setting('server_version') AS version";
 
-/// How we are connected, and to what. `others`: tables that are not ours.
+/// $1 text: the schema. How we are connected, and to what. `others`: tables that are not ours.
 pub(super) const CONNECTION: &str = "
-    SELECT current_user::text AS role, current_database()::text AS dbname,
-           pg_is_in_recovery() AS standby, current_setting('transaction_read_only') = 'on' AS read_only,
+    SELECT current_database()::text AS dbname, pg_is_in_recovery() AS standby, (SELECT s.source FROM pg_settings s WHERE s.name = 'default_transaction_read_only' AND s.setting = 'on') AS read_only,
            current_setting('server_encoding') AS encoding,
            (SELECT s.version FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid() AND s.ssl) AS tls,
            inet_client_addr() IS NULL AS socket,
            coalesce(inet_client_addr() = inet_server_addr() OR inet_client_addr() << '127.0.0.0/8', false) AS same_machine,
            (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE c.relkind IN ('r', 'm') AND n.nspname !~ '^(pg_|information_schema$)'
-              AND (c.relnamespace = (SELECT o.relnamespace FROM pg_class o WHERE o.oid = to_regclass('build_queue'))
-                   AND c.relname ~ '^(build_.*|builds|builders|workers)$') IS NOT TRUE) AS others";
+              AND NOT (n.nspname = $1 AND c.relname ~ '^(build_.*|builds|builders|workers)$'
+                       AND EXISTS (SELECT FROM pg_class o WHERE o.relnamespace = n.oid AND o.relname = 'build_queue'))) AS others";
 
-/// The current schema, and others that have tables of ours.
-pub(super) const SCHEMA: &str = "
-    SELECT current_schema()::text AS schema,
-           (SELECT string_agg(quote_ident(n.nspname), ', ') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE c.relname = 'build_queue' AND c.relkind = 'r' AND n.nspname IS DISTINCT FROM current_schema()) AS elsewhere";
+/// $1 text: the schema. Others that have tables of ours.
+pub(super) const ELSEWHERE: &str = "
+    SELECT string_agg(quote_ident(n.nspname), ', ') AS elsewhere FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relname = 'build_queue' AND c.relkind = 'r' AND n.nspname <> $1";
 
-/// $1 boolean: whether builds are to be deleted. What the statements of `sql/queries` need; triggers and foreign keys work with their owner's rights.
+/// $1 text: the schema. $2 boolean: whether builds are to be deleted. What the statements of `sql/queries` need. Triggers and foreign keys work
+/// with their owner's rights; CHECKs and the conditions of triggers with ours, and what they call is immutable.
 pub(super) const PRIVILEGES: &str = "
-    WITH lacking AS (
-        SELECT format('%I.%I', n.nspname, c.relname) AS object, array_to_string(ARRAY(
+    WITH home AS (
+        SELECT n.oid, n.nspname FROM pg_namespace n WHERE n.nspname = $1
+    ), lacking AS (
+        SELECT format('%I.%I', h.nspname, c.relname) AS object, array_to_string(ARRAY(
             SELECT p FROM unnest(string_to_array(w.wanted, ', ')) AS p WHERE NOT has_table_privilege(c.oid, p)), ', ') AS missing
-        FROM (VALUES ('build_schema_history', 'SELECT'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE' || CASE WHEN $1 THEN ', DELETE' ELSE '' END),
+        FROM (VALUES ('build_schema_history', 'SELECT'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE' || CASE WHEN $2 THEN ', DELETE' ELSE '' END),
                      ('build_queue', 'SELECT, INSERT, UPDATE, DELETE'), ('build_schedules', 'SELECT, UPDATE'), ('build_mail', 'SELECT, UPDATE'), ('build_attempts', 'SELECT, INSERT, UPDATE'), ('build_steps', 'SELECT, INSERT, UPDATE'),
                      ('build_log', 'SELECT, INSERT, UPDATE, DELETE'), ('workers', 'SELECT, INSERT, UPDATE')) AS w (name, wanted)
-        JOIN pg_class c ON c.oid = to_regclass(w.name) JOIN pg_namespace n ON n.oid = c.relnamespace
+        CROSS JOIN home h JOIN pg_class c ON c.relname = w.name AND c.relnamespace = h.oid
         UNION ALL
-        SELECT 'FUNCTION ' || f::text, 'EXECUTE'
-        FROM unnest(ARRAY[to_regprocedure('pg_notify(text, text)'), to_regprocedure('build_state_is_final(build_state)'), to_regprocedure('mail_addresses_are_valid(text[])'),
-                          to_regprocedure('build_schema_api()'), to_regprocedure('build_schema_requires()'),
-                          to_regprocedure('build_needs_follow(bigint[], double precision)'), to_regprocedure('build_queue_supersede(text, text, bigint)'), to_regprocedure('build_cancel_settle(bigint)')]) AS f
-        WHERE f IS NOT NULL AND NOT has_function_privilege(f, 'EXECUTE')
+        SELECT 'FUNCTION ' || p.oid::regprocedure, 'EXECUTE'
+        FROM pg_proc p CROSS JOIN home h
+        WHERE NOT has_function_privilege(p.oid, 'EXECUTE')
+          AND (p.oid = 'pg_notify(text, text)'::regprocedure
+               OR (p.pronamespace = h.oid
+                   AND (p.provolatile = 'i' OR p.proname IN ('build_needs_settle', 'build_needs_follow', 'build_queue_supersede', 'build_cancel_settle')
+                        OR (p.proname = 'build_prune' AND $2))))
     )
     SELECT current_user::text AS role, object, missing, format('GRANT %s ON %s TO %I;', missing, object, current_user) AS remedy
     FROM lacking WHERE missing <> ''";
 
-/// The triggers of all tables in the schema of ours.
+/// $1 text: the schema. The triggers of all its tables.
 pub(super) const TRIGGERS: &str = "
     SELECT c.relname::text AS relation, t.tgname::text AS name, t.tgenabled::text AS enabled
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
-    WHERE c.relnamespace = (SELECT o.relnamespace FROM pg_class o WHERE o.oid = to_regclass('build_queue'))";
+    WHERE c.relnamespace = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = $1)";
 
 /// $1 text[]: the Buildbot masters that this worker knows. $2 text: its name. Builders that ask for others, or for none where there is not
 /// exactly one; and whether there are other workers.
 pub(super) const MASTERS: &str = "
     SELECT settings ->> 'master' AS master, string_agg('`' || name || '`', ', ' ORDER BY name) AS builders,
-           EXISTS (SELECT FROM workers w WHERE w.name <> $2 AND w.state <> 'stopped') AS others
-    FROM builders
+           EXISTS (SELECT FROM farm.workers w WHERE w.name <> $2 AND w.state <> 'stopped') AS others
+    FROM farm.builders
     WHERE executor = 'buildbot' AND CASE WHEN settings ? 'master' THEN NOT settings ->> 'master' = ANY ($1) ELSE cardinality($1) <> 1 END
     GROUP BY 1 ORDER BY 1";
 
 /// $1 text[]: the Buildbot masters that this worker knows. $2 text[]: its labels. Builders that it may build for there.
 pub(super) const ON_MASTERS: &str = "
-    SELECT name, settings::text AS settings, coalesce(settings ->> 'master', $1[1]) AS master FROM builders
+    SELECT name, settings::text AS settings, coalesce(settings ->> 'master', $1[1]) AS master FROM farm.builders
     WHERE executor = 'buildbot' AND labels <@ $2 AND CASE WHEN settings ? 'master' THEN settings ->> 'master' = ANY ($1) ELSE cardinality($1) = 1 END
     ORDER BY name";
 
 /// $1 text: this worker. Who uses its name, by the lock that a living daemon holds, and the slots of all others.
 pub(super) const WORKERS: &str = "
-    SELECT ARRAY(SELECT slots FROM workers WHERE name <> $1 AND state <> 'stopped') AS slots,
+    SELECT ARRAY(SELECT slots FROM farm.workers WHERE name <> $1 AND state <> 'stopped') AS slots,
            (SELECT CASE WHEN l.ours THEN coalesce('process ' || w.pid || ' on ' || w.host, 'backend ' || l.pid) ELSE l.holder || ', which is no worker' END
-            FROM build_advisory_locks l LEFT JOIN workers w ON w.name = $1
+            FROM farm.build_advisory_locks l LEFT JOIN farm.workers w ON w.name = $1
             WHERE l.kind = 'name' AND l.part = hashtext($1) ORDER BY l.ours DESC LIMIT 1) AS holder";
 
 /// Limits on connections, each with how many sessions that are not ours count towards it now.
