@@ -2,6 +2,7 @@
 //! to the same loop, which claims all that is claimable (invariant 4).
 
 pub mod attempt;
+pub mod begin;
 pub mod candidates;
 pub mod eligible;
 pub mod herald;
@@ -13,6 +14,7 @@ mod outage;
 mod schedule;
 mod scheduler;
 mod scribe;
+mod settling;
 mod tidying;
 mod unready;
 
@@ -26,7 +28,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::attempt::{Done, Progress, Stop, adopt, attempt};
+use self::attempt::{Stop, adopt};
+use self::begin::{Done, Progress, attempt};
 use self::candidates::Candidates;
 use self::herald::Herald;
 use self::in_hand::InHand;
@@ -34,6 +37,7 @@ use self::lost::Lost;
 pub use self::orders::Order;
 pub use self::outage::{Outage, backoff};
 use self::scheduler::{Scheduler, Tended};
+use self::settling::Settling;
 use self::unready::Unready;
 use crate::database::queries::Hello;
 use crate::database::watch::Snapshot;
@@ -152,15 +156,6 @@ pub struct Reactor {
     /// All that waits was settled, or tried to be, since the start: what is superseded is not to be begun.
     has_settled: bool,
     scheduler: Scheduler,
-}
-
-/// What is to be settled, and whether a task is at it. What comes meanwhile is for the next one.
-#[derive(Default)]
-struct Settling {
-    under_way: bool,
-    /// Builds that have ended and that others hang on.
-    ended: Vec<BuildId>,
-    everything: bool,
 }
 
 /// Why a reactor left.
@@ -428,17 +423,7 @@ impl Reactor {
                     }
                 }
             }
-            Ok(Finished::Settled(result)) => {
-                self.settling.under_way = false;
-                self.has_settled = true;
-                match result {
-                    Ok(false) => {}
-                    // Released rows are seen by the look that follows; other workers have to be told.
-                    Ok(true) => self.wake_others(),
-                    Err(error) => tracing::warn!("{}", Chain(&error)),
-                }
-                self.settle();
-            }
+            Ok(Finished::Settled(result)) => self.settled(result),
             Ok(Finished::Schedules(result)) => self.schedules_tended(result),
             Err(error) => {
                 // What it held is unknown: start from what the database says, as after a crash.
@@ -555,33 +540,6 @@ impl Reactor {
     fn wake_others(&self) {
         if self.others > 0 {
             self.shared.herald.wake();
-        }
-    }
-
-    /// Settles all waiting builds that have to be.
-    fn settle_everything(&mut self) {
-        self.settling.everything = true;
-        self.settle();
-    }
-
-    /// Starts settling what there is to settle, unless a task is at it.
-    fn settle(&mut self) {
-        let settling = &mut self.settling;
-        if settling.under_way || (settling.ended.is_empty() && !settling.everything) {
-            return;
-        }
-        settling.under_way = true;
-        let (ended, everything) = (std::mem::take(&mut settling.ended), std::mem::take(&mut settling.everything));
-        let shared = Arc::clone(&self.shared);
-        self.tasks.spawn(async move { Finished::Settled(shared.database.settle(&ended, everything).await) });
-    }
-
-    /// What follows from a result that was recorded: of this build, and of those that hang on it.
-    fn follow(&mut self, build: BuildId, recorded: &Recorded) {
-        self.plan_retry(recorded);
-        if recorded.needed {
-            self.settling.ended.push(build);
-            self.settle();
         }
     }
 

@@ -6,6 +6,7 @@ pub mod dice;
 pub mod freezer;
 pub mod ordinary;
 pub mod proxy;
+mod roles;
 pub mod smtp;
 
 use std::future::Future;
@@ -126,46 +127,6 @@ impl Db {
     pub async fn there(server: &Server) -> Db {
         let url = server.url("postgres");
         Db { client: connect(&url).await, name: "postgres".to_owned(), url, shared: false }
-    }
-
-    /// The database as another role sees it.
-    pub fn url_as(&self, role: &str) -> String {
-        assert!(self.url.contains("user=postgres"), "{}", self.url);
-        self.url.replace("user=postgres", &format!("user={role}"))
-    }
-
-    /// What psql answers a role; its complaint where there is one.
-    pub fn ask_as(&self, role: &str, sql: &str) -> String {
-        let output = Command::new(psql_program())
-            .args(["--no-psqlrc", "-qAt", "-d", &self.url_as(role), "-c", sql])
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        text(if output.status.success() { &output.stdout } else { &output.stderr }).trim().to_owned()
-    }
-
-    /// With the roles of deploy/roles.sql, under names of this database's own, and somebody who can log in for each: `ann` an operator,
-    /// `alice` and `bob` submitters, `daemon` a worker. Comes back with how their names end.
-    pub fn with_roles(&self) -> String {
-        let end = &self.name;
-        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/roles.sql");
-        let names = ["worker", "submitter", "viewer", "operator"].map(|role| format!("{role}={role}_{end}"));
-        let mut arguments = vec!["-q", "-f", file];
-        for name in &names {
-            arguments.extend(["-v", name]);
-        }
-        let output = self.psql(&arguments);
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        let output = self.psql(&[
-            "-q",
-            "-c",
-            &format!(
-                "CREATE ROLE ann_{end} LOGIN IN ROLE operator_{end}; CREATE ROLE alice_{end} LOGIN IN ROLE submitter_{end};
-                 CREATE ROLE bob_{end} LOGIN IN ROLE submitter_{end}; CREATE ROLE daemon_{end} LOGIN IN ROLE worker_{end}"
-            ),
-        ]);
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        end.clone()
     }
 
     /// The database as a worker uses it.
