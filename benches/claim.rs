@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use buildreactor::database::queries::Hello;
+use buildreactor::database::queries::{Begun, Hello};
 use buildreactor::database::{Claim, ConnInfo, Database, News, SessionLimits, Tried, Watch, migrate};
 use buildreactor::embedded::{Options, Server};
 use buildreactor::model::{AttemptId, BuildId, Builder, Ended, Locks, Outcome};
@@ -135,7 +135,7 @@ impl Bench {
     }
 
     async fn record(&self, mut claim: Claim, build: BuildId) {
-        let job = self.database.begin_attempt(build, &bench(), 1, &[]).await.unwrap().unwrap();
+        let job = begun(self.database.begin_attempt(build, &bench(), 1, &[]).await.unwrap());
         let ended =
             Ended { outcome: Outcome::Passed, exit: None, detail: None, usage: None, log_bytes: None, times: None };
         assert!(claim.record(AttemptId { build, attempt: job.id.attempt }, &ended).await.unwrap().is_some());
@@ -170,7 +170,7 @@ impl Bench {
             settings: "{}".into(),
         };
         assert!(matches!(claim.take(&aside, &[], &[id]).await.unwrap(), Tried::Claimed { .. }));
-        self.database.begin_attempt(id, &bench(), 1, &[]).await.unwrap().unwrap();
+        begun(self.database.begin_attempt(id, &bench(), 1, &[]).await.unwrap());
         claim
     }
 
@@ -204,6 +204,13 @@ impl Bench {
         }
         times.sort();
         times[times.len() / 2]
+    }
+}
+
+fn begun(outcome: Begun) -> buildreactor::model::Job {
+    match outcome {
+        Begun::Started(job) => job,
+        refused => panic!("{refused:?}"),
     }
 }
 

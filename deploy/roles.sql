@@ -48,7 +48,8 @@ GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, 
 -- immutable, and what reads a log.
 SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I, %I', p.oid::regprocedure, :'viewer', :'worker')
 FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = :'schema' AND p.provolatile = 'i' AND p.proname ~ '^(build|mail)' \gexec
-GRANT EXECUTE ON FUNCTION build_log_text(bigint, integer) TO :"viewer";
+GRANT EXECUTE ON FUNCTION build_log_text(bigint, integer), build_session(integer) TO :"viewer";
+GRANT EXECUTE ON FUNCTION build_holder(bigint), build_session(integer) TO :"worker";
 GRANT USAGE ON TYPE build_state, attempt_state TO :"viewer", :"worker";
 
 -- build_submitter is a viewer who may ask for builds and steer his own, and nothing else: a trigger writes the rest of the row in builds.

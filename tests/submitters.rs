@@ -39,7 +39,7 @@ async fn an_open_transaction_of_a_submitter_holds_up_no_start_no_result_and_no_c
     let folder = temp_dir();
     for statement in OPEN {
         let gate = folder.path().join("gate");
-        let _ = std::fs::remove_file(&gate);
+        let _removed = std::fs::remove_file(&gate);
         db.execute(
             "SET buildreactor.session = 'daemon'; DELETE FROM build_queue; RESET buildreactor.session; DELETE FROM builds; DELETE FROM builders;
              ALTER TABLE builds ALTER COLUMN id RESTART",

@@ -114,20 +114,25 @@ CREATE OR REPLACE FUNCTION farm.build_needs_follow(ended bigint[], seconds doubl
 #variable_conflict use_variable
 DECLARE
     stop_at timestamptz := clock_timestamp() + make_interval(secs => seconds);
-    next bigint[];
+    batch bigint[];
     waiting bigint;
     names bigint[];
     is_stuck boolean;
 BEGIN
     settled := 0;
     left_over := '{}';
+    -- A hundred at a time: the array that is looked for stays short, whatever the shape.
     WHILE ended <> '{}' LOOP
-        next := '{}';
+        batch := ended[1:100];
         is_stuck := false;
-        FOR waiting IN SELECT q.build_id FROM farm.build_queue q WHERE q.needs <> '{}' AND q.needs && ended ORDER BY q.build_id LOOP
+        FOR waiting IN
+            SELECT DISTINCT q.build_id FROM unnest(batch) AS e(id)
+            CROSS JOIN LATERAL (SELECT w.build_id FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[e.id]) q
+            ORDER BY q.build_id
+        LOOP
             -- At least one: a new session takes as long to plan these statements.
             IF settled > 0 AND clock_timestamp() > stop_at THEN
-                left_over := left_over || ended || next;
+                left_over := left_over || ended;
                 RETURN;
             END IF;
             -- What the row of one build, or a trigger of somebody's, refuses is no matter of the others.
@@ -138,22 +143,23 @@ BEGIN
             END;
             -- By its key alone: the index on needs would be walked for all that name the same build.
             SELECT q.needs INTO names FROM farm.build_queue q WHERE q.build_id = waiting;
-            IF names && ended THEN
+            IF names && batch THEN
                 is_stuck := true;
             ELSE
                 settled := settled + 1;
-                IF EXISTS (SELECT FROM farm.builds b WHERE b.id = waiting AND b.state = 'skipped') THEN
-                    next := next || waiting;
+                IF EXISTS (SELECT FROM farm.builds b WHERE b.id = waiting AND b.state = 'skipped')
+                   AND EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[waiting]) THEN
+                    ended := ended || waiting;
                 END IF;
             END IF;
         END LOOP;
         IF is_stuck THEN
-            left_over := left_over || ended;
+            left_over := left_over || batch;
         END IF;
-        ended := next;
+        ended := ended[101:];
     END LOOP;
 END $$;
-COMMENT ON FUNCTION farm.build_needs_follow(bigint[], double precision) IS 'Settles what hangs on builds that have ended, through any depth, level by level, for about so many seconds. Says how many it settled, and which ended builds something may still hang on: there was no time, or somebody holds a row. For workers.';
+COMMENT ON FUNCTION farm.build_needs_follow(bigint[], double precision) IS 'Settles what hangs on builds that have ended, through any depth, for about so many seconds. Says how many it settled, and which ended builds something may still hang on: there was no time, or somebody holds a row. For workers.';
 
 CREATE OR REPLACE FUNCTION farm.build_ended() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET gin_fuzzy_search_limit = 0 AS $$
