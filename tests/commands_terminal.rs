@@ -53,7 +53,7 @@ fn assert_harmless(shown: &str, drawn: bool) {
         let passed = if let Some(parameters) = here.strip_prefix("\u{1b}[") {
             let end = parameters.find(|c: char| !c.is_ascii_digit() && c != ';').unwrap();
             let hides = parameters[..end].split(';').any(|one| one == "8") && !parameters.starts_with("38;5;");
-            let movement = drawn && parameters[end..].starts_with(['A', 'B']) || drawn && parameters.starts_with("2K");
+            let movement = drawn && (parameters[end..].starts_with(['A', 'B']) || parameters.starts_with("2K"));
             (movement || parameters[end..].starts_with('m') && !hides).then_some(end + 3)
         } else {
             (here.starts_with("\r\n") || drawn && here.starts_with('\r')).then_some(1)
