@@ -10,6 +10,7 @@ mod conninfo_tls;
 mod deploy;
 mod failover;
 mod faults;
+mod floods;
 mod leases;
 mod leases_faults;
 mod leases_limits;

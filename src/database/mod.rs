@@ -1,7 +1,7 @@
 //! The only room that names `tokio_postgres` or `deadpool_postgres`: connections, pools, the listener, migrations, and one
 //! function per file in `sql/queries`.
 //!
-//! Three kinds of sessions, each of its own: **watch** (one: LISTEN, the worker's name lock, the looks at the queue),
+//! Four kinds of sessions, each of its own: **watch** (one: the worker's name lock, the looks at the queue), **listen** (one: LISTEN),
 //! **claim** (one for each running build: the transaction that holds the queue row) and **work** (a few, for everything short).
 
 pub mod claim;
@@ -36,7 +36,7 @@ pub type Result<T> = std::result::Result<T, DatabaseError>;
 pub const ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// Work connections on top of one for each slot: the start of an attempt and its log do not wait for each other's turn long.
-pub const WORK_CONNECTIONS: u32 = 4;
+pub const WORK_CONNECTIONS: u32 = 3;
 
 /// Settings of sessions that run short statements. The keepalives are the server's side: a dead daemon's session ends, and with
 /// it the lock on the worker's name, after some 11 s. `buildreactor.session` tells the triggers that this is no person.
@@ -87,9 +87,9 @@ impl Database {
         Ok(Database { info, work, claims })
     }
 
-    /// Connections that this many slots need at most: watch, claims, work.
+    /// Connections that this many slots need at most: watch and listen, claims, work.
     pub fn budget(slots: u32) -> u32 {
-        1 + (slots + 1) + (slots + WORK_CONNECTIONS)
+        2 + (slots + 1) + (slots + WORK_CONNECTIONS)
     }
 
     /// Lets this many claims be open at once, if that is more than the slots: a worker may have left more builds than it has slots now.

@@ -34,6 +34,7 @@ pub use self::orders::Order;
 pub use self::outage::{Outage, backoff};
 use self::scheduler::{Scheduler, Tended};
 use self::unready::Unready;
+use crate::clock::Fold;
 use crate::database::queries::Hello;
 use crate::database::watch::Snapshot;
 use crate::database::{Database, DatabaseError, News, Watch};
@@ -59,6 +60,9 @@ const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// At least this often, and at each ping: which running builds nobody holds.
 const LOST: Duration = Duration::from_secs(2);
+/// Claims of builders that were busy elsewhere which wakes have tried again, a builder at a time: so many at once, then one each [`RETRY`].
+const RETRY_AT_ONCE: u32 = 20;
+const RETRY: Duration = Duration::from_millis(50);
 /// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
 const ASKERS: Duration = Duration::from_millis(700);
 
@@ -149,6 +153,8 @@ pub struct Reactor {
     held: HashMap<String, Instant>,
     settling: Settling,
     scheduler: Scheduler,
+    /// Claims that wakes have tried again.
+    retrying: Fold,
 }
 
 /// Whether a task settles waiting builds, and whether there was another reason to since it began.
@@ -226,6 +232,7 @@ impl Reactor {
             held: HashMap::new(),
             settling: Settling::No,
             scheduler: Scheduler::new(now),
+            retrying: Fold::new(RETRY, RETRY_AT_ONCE),
         }
     }
 
@@ -367,7 +374,7 @@ impl Reactor {
             Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => self.finished(finished),
             Some(order) = self.orders.recv() => self.obey(order),
             // Any wake may mean that a builder is idle again.
-            () = self.news.wait() => self.unblock(),
+            () = self.news.wait() => self.woken(),
             () = tokio::time::sleep_until(wake_at), if tending => {}
             () = self.shared.giving_up.cancelled(), if self.leaving.is_some() && self.tasks.is_empty() => {}
         }
@@ -481,6 +488,8 @@ impl Reactor {
             Done::Failed { error, in_doubt } => {
                 self.claimed(builder);
                 tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
+                // Whatever wakes us: what the database refuses is not asked for at the pace of anybody's NOTIFY.
+                self.held.insert(builder.to_owned(), Instant::now() + AFTER_FAILURE);
                 self.block(builder, AFTER_FAILURE);
                 if in_doubt {
                     let at = Instant::now() + AFTER_FAILURE;
