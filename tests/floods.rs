@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Daemon, Db, connect, server_with_port, unique, wait_for};
+use crate::support::{Daemon, Db, connect, peak_memory, server_with_port, temp_dir, unique, wait_for};
 
 const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 
@@ -150,12 +150,6 @@ async fn best_start(db: &Db) -> f64 {
     best
 }
 
-fn peak_memory(pid: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 /// A flood of `statement` for some seconds: how many statements a second it causes, how soon a build starts in it, and afterwards.
 async fn withstands(statement: &'static str, most: f64) {
     let server = server_with_port(&[]).await;
@@ -240,4 +234,65 @@ async fn a_flood_does_not_make_busy_builders_be_claimed_at_its_pace() {
     db.execute("SELECT cancel_build(3, 'enough')").await;
     db.wait("SELECT state = 'running' FROM builds WHERE id = 11").await;
     flood.end().await;
+}
+
+/// What answers as a Buildbot master, without an end: `start` and then `more`, again and again.
+async fn endless_master(start: &'static str, more: &'static str) -> (u16, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let counted = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&counted);
+    drop(tokio::task::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let counter = Arc::clone(&counter);
+            drop(tokio::task::spawn(async move {
+                let mut question = [0; 4096];
+                stream.read(&mut question).await?;
+                stream.write_all(start.as_bytes()).await?;
+                let much = more.repeat((1 << 20) / more.len());
+                loop {
+                    stream.write_all(much.as_bytes()).await?;
+                    counter.fetch_add(much.len() as u64, Ordering::Relaxed);
+                }
+                #[allow(unreachable_code, reason = "its type")]
+                std::io::Result::Ok(())
+            }));
+        }
+    }));
+    (port, counted)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_master_whose_answers_have_no_end_does_not_fill_the_memory() {
+    const OK: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n";
+    for (start, more) in [
+        (OK, "x"),
+        (OK, "[[[[[["),
+        ("HTTP/1.1 500 No\r\n\r\n", "{\"error\": "),
+        ("HTTP/1.1 200 OK\r\nX: ", "x"),
+        ("HTTP/1.1 200 OK\r\n", "X: x\r\n"),
+        ("", "x"),
+    ] {
+        let (port, sent) = endless_master(start, more).await;
+        let folder = temp_dir();
+        let config = folder.path().join("buildreactor.toml");
+        std::fs::write(&config, format!("[buildbot.main]\nurl = \"http://127.0.0.1:{port}\"\n")).unwrap();
+        let db = Db::new().await;
+        db.builder("b", "true").await;
+        db.execute("INSERT INTO builders (name, executor) SELECT 'far' || n, 'buildbot' FROM generate_series(1, 8) n")
+            .await;
+        let env = [("BUILDREACTOR_CONFIG", config.to_str().unwrap()), ("BUILDREACTOR_WORKER_SLOTS", "9")];
+        let daemon = Daemon::start(&db, "w", &env).await;
+        let memory = peak_memory(daemon.pid());
+        db.execute("INSERT INTO build_queue (builder) SELECT 'far' || n FROM generate_series(1, 8) n").await;
+        db.wait("SELECT count(*) = 8 FROM queue_status WHERE waiting_because LIKE '%master `main`%'").await;
+        if start == OK {
+            wait_for("200 MB", || async { sent.load(Ordering::Relaxed) > 200 << 20 }).await;
+        }
+        let id = db.enqueue("b").await;
+        assert_eq!(db.finished(id).await, "passed");
+        let grown = peak_memory(daemon.pid()).saturating_sub(memory);
+        println!("{:?} {more:?}: {grown} kB more", start.lines().next());
+        assert!(grown < 150 << 10, "{start:?} {more:?}: {grown} kB more");
+    }
 }

@@ -1,6 +1,7 @@
 //! Mail: what is written with a result, and what a mail server gets of it. Messages are read by a parser that has not written them.
 
 mod costs;
+mod endless;
 mod events;
 mod restraint;
 mod transport;
