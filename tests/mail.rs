@@ -3,6 +3,7 @@
 mod costs;
 mod endless;
 mod events;
+mod limits;
 mod restraint;
 mod transport;
 

@@ -66,18 +66,19 @@ BEGIN
                        WHEN 'passed' THEN '{finished,passed}'
                        ELSE ARRAY['finished', 'failed', event] END;
     INSERT INTO build_mail (build_id, attempt, builder, branch, event, verdict, previous_build_id, previous_state, good_build_id,
-                            address, message_id, thread)
+                            address, submitter, message_id, thread)
     SELECT NEW.id, NEW.attempt, NEW.builder, branch, event, NEW.state, previous_id, previous_state, good.id,
-           w.address, w.message_id, coalesce(t.thread, w.message_id)
+           w.address, w.submitter, w.message_id, coalesce(t.thread, w.message_id)
     FROM (
         -- The time tells farms that use one domain apart.
-        SELECT DISTINCT ON (lower(a.address)) a.address,
+        SELECT DISTINCT ON (lower(a.address)) a.address, a.submitter,
                format('%s.%s.%s.%s.%s', NEW.id, NEW.attempt, event, left(md5(lower(a.address)), 12),
                       (extract(epoch FROM NEW.finished_at) * 1000000)::bigint) AS message_id
-        FROM (SELECT s.address FROM build_subscriptions s WHERE coalesce(s.builder, '') IN (NEW.builder, '') AND s.events && fits
+        FROM (SELECT s.address, NULL AS submitter FROM build_subscriptions s WHERE coalesce(s.builder, '') IN (NEW.builder, '') AND s.events && fits
               UNION ALL
-              SELECT n FROM unnest(NEW.notify) AS n WHERE event <> 'error') a
-        ORDER BY lower(a.address), a.address
+              SELECT n, NEW.submitted_by FROM unnest(NEW.notify) AS n WHERE event <> 'error') a
+        -- Who has subscribed hears of it whatever the submitter's limits.
+        ORDER BY lower(a.address), a.submitter NULLS FIRST, a.address
     ) w
     LEFT JOIN LATERAL (
         SELECT m.thread FROM build_mail m

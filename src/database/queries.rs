@@ -47,6 +47,8 @@ statements! {
     MAIL_FACTS = "mail_facts.sql";
     MAIL_GIVE_UP = "mail_give_up.sql";
     MAIL_HOLD = "mail_hold.sql";
+    MAIL_HOLD_BACK = "mail_hold_back.sql";
+    MAIL_ROOM = "mail_room.sql";
     MAIL_SENT = "mail_sent.sql";
     MAIL_TAKE = "mail_take.sql";
     MAIL_WAIT = "mail_wait.sql";

@@ -21,7 +21,7 @@ use self::smtp::Smtp;
 use self::templates::Templates;
 pub use self::text::clean_line;
 use crate::config::{Mail, Server};
-use crate::database::mail::{Claimed, Facts};
+use crate::database::mail::{Claimed, Facts, Limits};
 use crate::report::Chain;
 
 /// A mail that cannot be written, or settings that cannot work.
@@ -121,9 +121,10 @@ impl Mailer {
         self.settings.timeout * 15 + Duration::from_secs(30)
     }
 
-    /// `[mail] per_hour`.
-    pub fn per_hour(&self) -> u32 {
-        self.settings.per_hour
+    /// How many mails go out within an hour.
+    pub fn limits(&self) -> Limits {
+        let Mail { per_hour, per_submitter, notify_per_hour, .. } = self.settings;
+        Limits { address: per_hour, submitter: per_submitter, notified: notify_per_hour }
     }
 
     /// Whether `[mail] domains` lets mail go to this address.
