@@ -8,6 +8,7 @@ mod commands_check;
 mod commands_watch;
 mod conninfo_tls;
 mod deploy;
+mod encodings;
 mod failover;
 mod faults;
 mod floods;

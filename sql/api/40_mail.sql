@@ -7,6 +7,7 @@ CREATE OR REPLACE FUNCTION build_mails() RETURNS trigger
 DECLARE
     by_property text;
     branch text;
+    kept text;
     event text;
     fits text[];
     good record;
@@ -23,6 +24,9 @@ BEGIN
     SELECT r.branch_property INTO by_property FROM builders r WHERE r.name = NEW.builder;
     -- Cut, because an index holds it.
     branch := coalesce(left(NEW.properties ->> by_property, 200), '');
+    -- In a database that counts bytes it may be cut within a character, and nobody could read the row.
+    kept := CASE WHEN getdatabaseencoding() = 'SQL_ASCII' AND length(NEW.properties ->> by_property) > 200
+                 THEN coalesce(substring(branch FROM '^(.*[ -~])?'), '') ELSE branch END;
 
     -- The last builds that passed and that did not. One probe each; by branch, among the last 1000 of the builder.
     SELECT p.id, p.finished_at INTO good
@@ -67,7 +71,7 @@ BEGIN
                        ELSE ARRAY['finished', 'failed', event] END;
     INSERT INTO build_mail (build_id, attempt, builder, branch, event, verdict, previous_build_id, previous_state, good_build_id,
                             address, submitter, message_id, thread)
-    SELECT NEW.id, NEW.attempt, NEW.builder, branch, event, NEW.state, previous_id, previous_state, good.id,
+    SELECT NEW.id, NEW.attempt, NEW.builder, kept, event, NEW.state, previous_id, previous_state, good.id,
            w.address, w.submitter, w.message_id, coalesce(t.thread, w.message_id)
     FROM (
         -- The time tells farms that use one domain apart.
@@ -82,7 +86,7 @@ BEGIN
     ) w
     LEFT JOIN LATERAL (
         SELECT m.thread FROM build_mail m
-        WHERE event IN ('still_failing', 'fixed') AND m.builder = NEW.builder AND lower(m.address) = lower(w.address) AND m.branch = branch
+        WHERE event IN ('still_failing', 'fixed') AND m.builder = NEW.builder AND lower(m.address) = lower(w.address) AND m.branch = kept
           AND m.event IN ('problem', 'still_failing') AND (good.id IS NULL OR m.created_at > good.finished_at)
         ORDER BY m.id DESC LIMIT 1
     ) t ON true

@@ -19,6 +19,7 @@ const RECORD_TRIES: u32 = 20;
 /// the pool by accident.
 pub struct Claim {
     session: Option<Object>,
+    database: Database,
 }
 
 /// What came of an attempt to claim.
@@ -47,7 +48,7 @@ impl Database {
     /// # Errors
     /// No connection.
     pub async fn claim(&self) -> Result<Claim> {
-        Ok(Claim { session: Some(self.claim_session().await?) })
+        Ok(Claim { session: Some(self.claim_session().await?), database: self.clone() })
     }
 }
 
@@ -260,6 +261,11 @@ impl Claim {
             None => (None, None),
         };
         let detail = ended.detail.as_ref().map(|text| crate::model::clean_line(text, 2000));
+        let detail = match &detail {
+            // Over another connection: what fails here would end the claim's transaction.
+            Some(text) => Some(self.database.fit_or_ascii(text).await),
+            None => None,
+        };
         let charged = ended.outcome != Outcome::GivenBack;
         let state = ended.outcome.attempt_state();
         let usage = ended.usage;

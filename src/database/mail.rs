@@ -256,13 +256,13 @@ impl Database {
             ran: seconds("ran_seconds"),
             waited: seconds("waited_seconds"),
             usual: seconds("usual_seconds"),
-            reason: row.get("reason"),
+            reason: row.get::<_, Option<Vec<u8>>>("reason").map(|text| String::from_utf8_lossy(&text).into_owned()),
             submitted_by: row.get("submitted_by"),
             properties: object("properties")?,
             own: object("own")?,
             good_at: row.get("good_at"),
             dbname: row.get("dbname"),
-            log: row.get::<_, Option<String>>("log").unwrap_or_default(),
+            log: String::from_utf8_lossy(row.get::<_, Option<&[u8]>>("log").unwrap_or_default()).into_owned(),
         }))
     }
 
@@ -283,6 +283,7 @@ impl Database {
     /// Perhaps not stored; then they are due again when `sender`'s lease ends.
     pub async fn mail_again(&self, mails: &[i64], sender: &str, why: &str, wait: Duration) -> Result<bool> {
         const STEP: &str = "put off a mail";
+        let why = self.fit(why).await?;
         let session = self.work().await?;
         let seconds = wait.as_secs_f64();
         let values: [&(dyn ToSql + Sync); 4] = [&mails, &sender, &why, &seconds];
@@ -298,6 +299,7 @@ impl Database {
     /// As [`Database::mail_again`].
     pub async fn mail_end(&self, mails: &[i64], sender: &str, state: &str, why: &str) -> Result<()> {
         const STEP: &str = "park a mail";
+        let why = self.fit(why).await?;
         let session = self.work().await?;
         answered(STEP, session.execute(queries::MAIL_END, &[&mails, &sender, &state, &why])).await?;
         Ok(())
@@ -319,6 +321,7 @@ impl Database {
     /// Perhaps none was.
     pub async fn mail_give_up(&self, why: &str) -> Result<u64> {
         const STEP: &str = "park old mails";
+        let why = self.fit(why).await?;
         let session = self.work().await?;
         answered(STEP, session.execute(queries::MAIL_GIVE_UP, &[&why])).await
     }

@@ -4,6 +4,7 @@
 //! Four kinds of sessions, each of its own: **watch** (one: the worker's name lock, the looks at the queue), **listen** (one: LISTEN),
 //! **claim** (one for each running build: the transaction that holds the queue row) and **work** (a few, for everything short).
 
+mod charset;
 pub mod claim;
 pub mod conninfo;
 mod error;
@@ -19,6 +20,7 @@ mod tls;
 pub mod watch;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
@@ -54,6 +56,7 @@ pub struct Database {
     info: ConnInfo,
     work: Pool,
     claims: Pool,
+    charset: Arc<charset::Charset>,
 }
 
 /// Numbers that the claim sessions need.
@@ -84,7 +87,7 @@ impl Database {
         let work =
             pool(&info, limits.slots + WORK_CONNECTIONS, WORK_SESSION.to_owned(), &format!("{application_name} work"))?;
         let claims = pool(&info, limits.slots + 1, claim_session, &format!("{application_name} claim"))?;
-        Ok(Database { info, work, claims })
+        Ok(Database { info, work, claims, charset: Arc::default() })
     }
 
     /// Connections that this many slots need at most: watch and listen, claims, work.

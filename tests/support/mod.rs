@@ -113,6 +113,17 @@ impl Db {
         Db { client: connect(&url).await, name, url, shared: true }
     }
 
+    /// In another encoding than UTF8.
+    pub async fn encoded(encoding: &str) -> Db {
+        let name = format!("test_{}", unique());
+        let create =
+            format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'");
+        admin().await.batch_execute(&create).await.unwrap();
+        let url = server().url(&name);
+        buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&url)).unwrap()).await.unwrap();
+        Db { client: connect(&url).await, name, url, shared: true }
+    }
+
     /// On a server of the test's own.
     pub async fn on(server: &Server) -> Db {
         let url = server.url("postgres");
