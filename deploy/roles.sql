@@ -75,7 +75,7 @@ GRANT UPDATE ON builds TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, build_steps, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
 GRANT EXECUTE ON FUNCTION build_needs_settle(bigint), build_needs_follow(bigint[], double precision), build_queue_supersede(text, text, bigint),
-    build_cancel_settle(bigint), build_prune(bigint[]) TO :"worker";
+    build_cancel_settle(bigint), build_prune(bigint[]), build_characters_fit(bytea[]), mail_mailbox(text) TO :"worker";
 -- Not the history: a worker that was broken into cannot delete it. One whose [retention] has builds or builds_per_builder needs:
 --     GRANT DELETE ON builds TO build_worker;
 

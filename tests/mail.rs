@@ -1,7 +1,9 @@
 //! Mail: what is written with a result, and what a mail server gets of it. Messages are read by a parser that has not written them.
 
 mod costs;
+mod endless;
 mod events;
+mod limits;
 mod restraint;
 mod transport;
 

@@ -7,6 +7,7 @@ CREATE OR REPLACE FUNCTION farm.build_mails() RETURNS trigger
 DECLARE
     by_property text;
     branch text;
+    kept text;
     event text;
     fits text[];
     good record;
@@ -23,6 +24,9 @@ BEGIN
     SELECT r.branch_property INTO by_property FROM farm.builders r WHERE r.name = NEW.builder;
     -- Cut, because an index holds it.
     branch := coalesce(left(NEW.properties ->> by_property, 200), '');
+    -- In a database that counts bytes it may be cut within a character, and nobody could read the row.
+    kept := CASE WHEN getdatabaseencoding() = 'SQL_ASCII' AND length(NEW.properties ->> by_property) > 200
+                 THEN coalesce(substring(branch FROM '^(.*[ -~])?'), '') ELSE branch END;
 
     -- The last builds that passed and that did not. One probe each; by branch, among the last 1000 of the builder.
     SELECT p.id, p.finished_at INTO good
@@ -66,22 +70,23 @@ BEGIN
                        WHEN 'passed' THEN '{finished,passed}'
                        ELSE ARRAY['finished', 'failed', event] END;
     INSERT INTO farm.build_mail (build_id, attempt, builder, branch, event, verdict, previous_build_id, previous_state, good_build_id,
-                            address, message_id, thread)
-    SELECT NEW.id, NEW.attempt, NEW.builder, branch, event, NEW.state, previous_id, previous_state, good.id,
-           w.address, w.message_id, coalesce(t.thread, w.message_id)
+                            address, submitter, message_id, thread)
+    SELECT NEW.id, NEW.attempt, NEW.builder, kept, event, NEW.state, previous_id, previous_state, good.id,
+           w.address, w.submitter, w.message_id, coalesce(t.thread, w.message_id)
     FROM (
         -- The time tells farms that use one domain apart.
-        SELECT DISTINCT ON (lower(a.address)) a.address,
+        SELECT DISTINCT ON (lower(a.address)) a.address, a.submitter,
                format('%s.%s.%s.%s.%s', NEW.id, NEW.attempt, event, left(md5(lower(a.address)), 12),
                       (extract(epoch FROM NEW.finished_at) * 1000000)::bigint) AS message_id
-        FROM (SELECT s.address FROM farm.build_subscriptions s WHERE coalesce(s.builder, '') IN (NEW.builder, '') AND s.events && fits
+        FROM (SELECT s.address, NULL AS submitter FROM farm.build_subscriptions s WHERE coalesce(s.builder, '') IN (NEW.builder, '') AND s.events && fits
               UNION ALL
-              SELECT n FROM unnest(NEW.notify) AS n WHERE event <> 'error') a
-        ORDER BY lower(a.address), a.address
+              SELECT n, NEW.submitted_by FROM unnest(NEW.notify) AS n WHERE event <> 'error') a
+        -- Who has subscribed hears of it whatever the submitter's limits.
+        ORDER BY lower(a.address), a.submitter NULLS FIRST, a.address
     ) w
     LEFT JOIN LATERAL (
         SELECT m.thread FROM farm.build_mail m
-        WHERE event IN ('still_failing', 'fixed') AND m.builder = NEW.builder AND lower(m.address) = lower(w.address) AND m.branch = branch
+        WHERE event IN ('still_failing', 'fixed') AND m.builder = NEW.builder AND lower(m.address) = lower(w.address) AND m.branch = kept
           AND m.event IN ('problem', 'still_failing') AND (good.id IS NULL OR m.created_at > good.finished_at)
         ORDER BY m.id DESC LIMIT 1
     ) t ON true

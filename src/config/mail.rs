@@ -45,6 +45,10 @@ pub struct Mail {
     pub unsubscribe: Option<String>,
     /// How many mails an address gets in an hour; what is above that goes into one of them: 1 to 10000. Default: 20.
     pub per_hour: u32,
+    /// How many mails in an hour the `notify` of one submitter's builds may cause; what is above that is sent later: 1 to 100000. Default: 100.
+    pub per_submitter: u32,
+    /// How many mails in an hour `notify` may cause in all; what is above that is sent later: 1 to 1000000. Default: 1000.
+    pub notify_per_hour: u32,
     /// Domains that mail may go to, their subdomains included. Default: all.
     pub domains: Vec<String>,
     /// Mails are written into this folder as .eml files instead of being sent; absolute. Default: `None`.
@@ -125,6 +129,8 @@ impl Default for Mail {
             build_url: None,
             unsubscribe: None,
             per_hour: 20,
+            per_submitter: 100,
+            notify_per_hour: 1000,
             domains: Vec::new(),
             dry_run: None,
         }
@@ -257,6 +263,12 @@ pub(super) static KEYS: &[Key] = &[
     ),
     key("per_hour", "a whole number from 1 to 10000", "20", |c, v| {
         v.count(1..=10_000).map(|count| c.mail.per_hour = count)
+    }),
+    key("per_submitter", "a whole number from 1 to 100000", "100", |c, v| {
+        v.count(1..=100_000).map(|count| c.mail.per_submitter = count)
+    }),
+    key("notify_per_hour", "a whole number from 1 to 1000000", "1000", |c, v| {
+        v.count(1..=1_000_000).map(|count| c.mail.notify_per_hour = count)
     }),
     key("domains", "a list of domains", "[\"example.org\"]", |c, v| v.list().map(|list| c.mail.domains = list)),
     key("dry_run", "an absolute path", "\"/var/tmp/mails\"", |c, v| {

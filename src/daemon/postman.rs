@@ -79,10 +79,10 @@ impl Postman {
 
     /// Sends all that is due. `pause`: how long the last one was, after which the mail server still could not be reached.
     async fn round(&mut self, pause: &mut Option<Duration>) -> Result<Duration, DatabaseError> {
-        let per_hour = self.mailer.per_hour();
+        let limits = self.mailer.limits();
         while !self.stopping.is_cancelled() {
             let lease = self.mailer.longest();
-            let Some(claimed) = self.database.claim_mail(&mut self.reach, &self.name, per_hour, lease).await? else {
+            let Some(claimed) = self.database.claim_mail(&mut self.reach, &self.name, limits, lease).await? else {
                 let due = self.database.mail_wait(&mut self.reach, PERIOD).await?;
                 return Ok(due.map_or(PERIOD, |due| due.clamp(Duration::from_millis(50), PERIOD)));
             };

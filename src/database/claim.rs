@@ -7,7 +7,6 @@ use deadpool_postgres::Object;
 use tokio_postgres::types::ToSql;
 
 use super::queries::{AdvisoryKeys, Hello};
-use super::schema::Schema;
 use super::{ANSWER_TIME, Database, DatabaseError, Result, answered, keys, queries};
 use crate::clock::boottime;
 use crate::model::{AttemptId, BuildId, Builder, Ended, Exit, Outcome, Recorded};
@@ -23,7 +22,7 @@ const TRY_AT_ONCE: [&str; 2] = ["40P01", "40001"];
 /// the pool by accident.
 pub struct Claim {
     session: Option<Object>,
-    schema: Schema,
+    database: Database,
 }
 
 /// What came of an attempt to claim.
@@ -52,7 +51,7 @@ impl Database {
     /// # Errors
     /// No connection.
     pub async fn claim(&self) -> Result<Claim> {
-        Ok(Claim { session: Some(self.claim_session().await?), schema: self.schema.clone() })
+        Ok(Claim { session: Some(self.claim_session().await?), database: self.clone() })
     }
 }
 
@@ -74,8 +73,8 @@ impl Claim {
     pub async fn take(&mut self, builder: &Builder, occupied: &[i32], candidates: &[BuildId]) -> Result<Tried> {
         const STEP: &str = "claim a build";
         let session = self.session()?;
-        let slot_sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::CLAIM_SLOT))).await?;
-        let row_sql = answered(STEP, session.prepare_cached(&self.schema.sql(queries::CLAIM_ROW))).await?;
+        let slot_sql = answered(STEP, session.prepare_cached(&self.database.schema.sql(queries::CLAIM_SLOT))).await?;
+        let row_sql = answered(STEP, session.prepare_cached(&self.database.schema.sql(queries::CLAIM_ROW))).await?;
         let ids: Vec<i64> = candidates.iter().map(|id| id.0).collect();
         // Pipelined: sent together, answered in order. The last, by the simple protocol, closes the portal of the one
         // before, whose snapshot would otherwise stay open with the transaction and make every
@@ -137,7 +136,8 @@ impl Claim {
         const STEP: &str = "lock the row of a build again";
         let session = self.session()?;
         answered(STEP, session.batch_execute("BEGIN; SAVEPOINT row")).await?;
-        let row = answered(STEP, session.query_opt(&*self.schema.sql(queries::CLAIM_AGAIN), &[&id.build.0])).await?;
+        let row =
+            answered(STEP, session.query_opt(&*self.database.schema.sql(queries::CLAIM_AGAIN), &[&id.build.0])).await?;
         // Also closes the portal, as in `take`.
         answered(STEP, session.batch_execute("SELECT 1")).await?;
         if row.is_none() {
@@ -171,7 +171,8 @@ impl Claim {
         const STEP: &str = "look whether a build was claimed again";
         let row = answered(
             STEP,
-            self.session()?.query_opt(&*self.schema.sql(queries::CLAIM_UNCHANGED), &[&id.build.0, &id.attempt]),
+            self.session()?
+                .query_opt(&*self.database.schema.sql(queries::CLAIM_UNCHANGED), &[&id.build.0, &id.attempt]),
         )
         .await?;
         Ok(row.is_some_and(|row| row.get::<_, i32>(0) == seen))
@@ -209,7 +210,8 @@ impl Claim {
             answered(STEP, session.batch_execute("ROLLBACK TO SAVEPOINT row")).await?;
             // The other needs a moment to see that the row is free, and to fail.
             tokio::time::sleep(Duration::from_millis(20)).await;
-            let row = answered(STEP, session.query_opt(&*self.schema.sql(queries::CLAIM_AGAIN), &[&build.0])).await?;
+            let row = answered(STEP, session.query_opt(&*self.database.schema.sql(queries::CLAIM_AGAIN), &[&build.0]))
+                .await?;
             answered(STEP, session.batch_execute("SELECT 1")).await?;
             if row.is_some() {
                 return Ok(true);
@@ -276,7 +278,7 @@ impl Claim {
     /// other workers from seeing who holds the row. So the row is let go and locked again. When somebody else was faster, the claim is over.
     async fn lock_anew(&mut self, build: BuildId) -> Result<()> {
         const STEP: &str = "keep a claim";
-        let sql = self.schema.sql(queries::CLAIM_AGAIN);
+        let sql = self.database.schema.sql(queries::CLAIM_AGAIN);
         let session = self.session()?;
         answered(STEP, session.batch_execute("ROLLBACK TO SAVEPOINT row")).await?;
         let row = answered(STEP, session.query_opt(&*sql, &[&build.0])).await?;
@@ -304,8 +306,9 @@ impl Claim {
     pub async fn refuse(&mut self, build: BuildId, hello: &Hello, why: &str) -> Result<Option<(AttemptId, Recorded)>> {
         const STEP: &str = "record that a build cannot be started";
         let why = crate::model::clean_line(why, 2000);
+        let why = self.database.fit_or_ascii(&why).await;
         let values: [&(dyn ToSql + Sync); 4] = [&build.0, &hello.name, &why, &hello.folder];
-        let sql = self.schema.sql(queries::ATTEMPT_REFUSED);
+        let sql = self.database.schema.sql(queries::ATTEMPT_REFUSED);
         let Some(row) = answered(STEP, self.session()?.query_opt(&*sql, &values)).await? else {
             self.release().await?;
             return Ok(None);
@@ -328,6 +331,11 @@ impl Claim {
             None => (None, None),
         };
         let detail = ended.detail.as_ref().map(|text| crate::model::clean_line(text, 2000));
+        let detail = match &detail {
+            // Over another connection: what fails here would end the claim's transaction.
+            Some(text) => Some(self.database.fit_or_ascii(text).await),
+            None => None,
+        };
         let charged = ended.outcome != Outcome::GivenBack;
         let hopeless = ended.outcome == Outcome::Impossible;
         let state = ended.outcome.attempt_state();
@@ -353,7 +361,7 @@ impl Claim {
         ];
         // Preparing it, where that was not done before, waits for locks too: behind the savepoint, like the statement.
         let statement = async {
-            let sql = session.prepare_cached(&self.schema.sql(queries::RECORD_RESULT)).await?;
+            let sql = session.prepare_cached(&self.database.schema.sql(queries::RECORD_RESULT)).await?;
             session.query_opt(&sql, &values).await
         };
         let (saved, row) =

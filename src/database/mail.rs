@@ -7,6 +7,8 @@ use jiff::Timestamp;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 
+use deadpool_postgres::Transaction;
+
 use super::{Database, DatabaseError, Result, answered, keys, queries};
 use crate::model::BuildId;
 
@@ -34,6 +36,17 @@ pub struct Reach {
     contested: HashSet<String>,
     /// When it was last looked from the beginning.
     whole: Option<Instant>,
+}
+
+/// How many mails may be sent within an hour.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// To an address. What `notify` causes counts for the whole mailbox, whatever the +tag.
+    pub address: u32,
+    /// That `notify` of one submitter's builds causes.
+    pub submitter: u32,
+    /// That `notify` causes in all.
+    pub notified: u32,
 }
 
 /// A mail that this daemon is to send, to one address.
@@ -128,7 +141,8 @@ pub struct Facts {
 
 impl Database {
     /// Takes the mail that is due first for `sender`, from `reach` on; others may take it over after `lease`. What is due to an address
-    /// that has had `per_hour` mails within an hour is put off; when one is left, it is a digest of all. `None`: nothing is due.
+    /// that has had its mails of this hour is put off; when one is left, it is a digest of all. Likewise what `notify` causes above the other
+    /// limits. `None`: nothing is due.
     ///
     /// # Errors
     /// Nothing was taken, unless the answer to the COMMIT is what was lost; then it is due again after `lease`, or [`Database::mail_back`].
@@ -136,7 +150,7 @@ impl Database {
         &self,
         reach: &mut Reach,
         sender: &str,
-        per_hour: u32,
+        limits: Limits,
         lease: Duration,
     ) -> Result<Option<Claimed>> {
         const STEP: &str = "claim a mail";
@@ -144,7 +158,7 @@ impl Database {
         if reach.whole.is_none_or(|when| when.elapsed() > WHOLE) {
             *reach = Reach { whole: Some(Instant::now()), ..Reach::default() };
         }
-        let per_hour = i64::from(per_hour);
+        let per_hour = i64::from(limits.address);
         loop {
             let transaction = answered(STEP, session.transaction()).await?;
             let Some(row) =
@@ -186,6 +200,11 @@ impl Database {
                 answered(STEP, transaction.commit()).await?;
                 continue;
             }
+            let since = row.get::<_, Timestamp>("next_at");
+            if self.hold_back(&transaction, id, limits, since).await? {
+                answered(STEP, transaction.commit()).await?;
+                continue;
+            }
             let gather = row.get::<_, Option<i64>>("digest").is_none() && room == 1 && count.get::<_, i64>("due") > 1;
             let lease = lease.as_secs_f64();
             let values: [&(dyn ToSql + Sync); 6] = [&id, &gather, &DIGEST, &sender, &lease, &first];
@@ -196,6 +215,40 @@ impl Database {
             rows.sort_by_key(|row| row.id);
             return Ok(Some(Claimed { rows, digest }));
         }
+    }
+
+    /// Puts off what `notify` has caused above its limits, when `mail` is of that; `false`: it may be sent.
+    async fn hold_back(
+        &self,
+        transaction: &Transaction<'_>,
+        mail: i64,
+        limits: Limits,
+        since: Timestamp,
+    ) -> Result<bool> {
+        const STEP: &str = "look at the limits of mails";
+        let [address, submitter, all] = [limits.address, limits.submitter, limits.notified].map(i64::from);
+        let values: [&(dyn ToSql + Sync); 4] = [&mail, &address, &submitter, &all];
+        let Some(row) = answered(STEP, transaction.query_opt(&*self.schema.sql(queries::MAIL_ROOM), &values)).await?
+        else {
+            return Ok(false);
+        };
+        let (scope, who, mailbox): (&str, &str, &str) = (row.get("scope"), row.get("submitter"), row.get("mailbox"));
+        let free_at: Timestamp = row.get("free_at");
+        let why = match scope {
+            "all" => format!("held back: notify has caused {all} mails within an hour ([mail] notify_per_hour)"),
+            "submitter" => {
+                format!(
+                    "held back: notify of {who}'s builds has caused {submitter} mails within an hour ([mail] per_submitter)"
+                )
+            }
+            _ => format!(
+                "held back: notify has caused {address} mails to {mailbox}, with and without +tags, within an hour ([mail] per_hour)"
+            ),
+        };
+        let values: [&(dyn ToSql + Sync); 6] = [&scope, &who, &mailbox, &free_at, &why, &since];
+        let held = answered(STEP, transaction.execute(&*self.schema.sql(queries::MAIL_HOLD_BACK), &values)).await?;
+        tracing::info!(mails = held, "{held} mails are {why}");
+        Ok(true)
     }
 
     /// What `mail` says about its build. `None`: the build is gone, and its mails with it.
@@ -226,13 +279,13 @@ impl Database {
             ran: seconds("ran_seconds"),
             waited: seconds("waited_seconds"),
             usual: seconds("usual_seconds"),
-            reason: row.get("reason"),
+            reason: row.get::<_, Option<Vec<u8>>>("reason").map(|text| String::from_utf8_lossy(&text).into_owned()),
             submitted_by: row.get("submitted_by"),
             properties: object("properties")?,
             own: object("own")?,
             good_at: row.get("good_at"),
             dbname: row.get("dbname"),
-            log: row.get::<_, Option<String>>("log").unwrap_or_default(),
+            log: String::from_utf8_lossy(row.get::<_, Option<&[u8]>>("log").unwrap_or_default()).into_owned(),
         }))
     }
 
@@ -253,6 +306,7 @@ impl Database {
     /// Perhaps not stored; then they are due again when `sender`'s lease ends.
     pub async fn mail_again(&self, mails: &[i64], sender: &str, why: &str, wait: Duration) -> Result<bool> {
         const STEP: &str = "put off a mail";
+        let why = self.fit(why).await?;
         let session = self.work().await?;
         let seconds = wait.as_secs_f64();
         let values: [&(dyn ToSql + Sync); 4] = [&mails, &sender, &why, &seconds];
@@ -268,6 +322,7 @@ impl Database {
     /// As [`Database::mail_again`].
     pub async fn mail_end(&self, mails: &[i64], sender: &str, state: &str, why: &str) -> Result<()> {
         const STEP: &str = "park a mail";
+        let why = self.fit(why).await?;
         let session = self.work().await?;
         answered(STEP, session.execute(&*self.schema.sql(queries::MAIL_END), &[&mails, &sender, &state, &why])).await?;
         Ok(())
@@ -289,6 +344,7 @@ impl Database {
     /// Perhaps none was.
     pub async fn mail_give_up(&self, why: &str) -> Result<u64> {
         const STEP: &str = "park old mails";
+        let why = self.fit(why).await?;
         let session = self.work().await?;
         answered(STEP, session.execute(&*self.schema.sql(queries::MAIL_GIVE_UP), &[&why])).await
     }

@@ -1,9 +1,10 @@
 //! The only room that names `tokio_postgres` or `deadpool_postgres`: connections, pools, the listener, migrations, and one
 //! function per file in `sql/queries`.
 //!
-//! Three kinds of sessions, each of its own: **watch** (one: LISTEN, the worker's name lock, the looks at the queue),
+//! Four kinds of sessions, each of its own: **watch** (one: the worker's name lock, the looks at the queue), **listen** (one: LISTEN),
 //! **claim** (one for each running build: the transaction that holds the queue row) and **work** (a few, for everything short).
 
+mod charset;
 pub mod claim;
 pub mod conninfo;
 mod error;
@@ -22,6 +23,7 @@ pub mod trust;
 pub mod watch;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime, Timeouts};
@@ -40,7 +42,7 @@ pub type Result<T> = std::result::Result<T, DatabaseError>;
 pub const ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// Work connections on top of one for each slot: the start of an attempt and its log do not wait for each other's turn long.
-pub const WORK_CONNECTIONS: u32 = 4;
+pub const WORK_CONNECTIONS: u32 = 3;
 
 /// Says to the trigger `a_lost` that this program waits for the lease of an attempt before it gives it up as lost.
 const KNOWS_LEASES: &str = "SET buildreactor.leases = 'known'";
@@ -52,6 +54,7 @@ pub struct Database {
     schema: Schema,
     work: Pool,
     claims: Pool,
+    charset: Arc<charset::Charset>,
 }
 
 /// Numbers that the claim sessions need.
@@ -75,12 +78,12 @@ impl Database {
         let work = pool(limits.slots + WORK_CONNECTIONS, session::work(), "work")?;
         let claims = format!("{}; {KNOWS_LEASES}", session::claim(limits.claim_idle));
         let claims = pool(limits.slots + 1, claims, "claim")?;
-        Ok(Database { info, schema, work, claims })
+        Ok(Database { info, schema, work, claims, charset: Arc::default() })
     }
 
-    /// Connections that this many slots need at most: watch, claims, work.
+    /// Connections that this many slots need at most: watch and listen, claims, work.
     pub fn budget(slots: u32) -> u32 {
-        1 + (slots + 1) + (slots + WORK_CONNECTIONS)
+        2 + (slots + 1) + (slots + WORK_CONNECTIONS)
     }
 
     /// Lets this many claims be open at once, if that is more than the slots: a worker may have left more builds than it has slots now.

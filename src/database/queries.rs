@@ -27,6 +27,7 @@ statements! {
     ATTEMPT_REFUSED = "attempt_refused.sql";
     BEGIN_ATTEMPT = "begin_attempt.sql";
     BEGIN_REFUSAL = "begin_refusal.sql";
+    CHARACTERS_FIT = "characters_fit.sql";
     CLAIM_AGAIN = "claim_again.sql";
     CLAIM_COUNT = "claim_count.sql";
     CLAIM_ROW = "claim_row.sql";
@@ -51,6 +52,8 @@ statements! {
     MAIL_FACTS = "mail_facts.sql";
     MAIL_GIVE_UP = "mail_give_up.sql";
     MAIL_HOLD = "mail_hold.sql";
+    MAIL_HOLD_BACK = "mail_hold_back.sql";
+    MAIL_ROOM = "mail_room.sql";
     MAIL_SENT = "mail_sent.sql";
     MAIL_TAKE = "mail_take.sql";
     MAIL_WAIT = "mail_wait.sql";
@@ -264,6 +267,7 @@ impl Database {
     pub async fn result_refused(&self, id: AttemptId, why: &str) -> Result<()> {
         const STEP: &str = "say why a result cannot be recorded";
         let why = crate::model::clean_line(why, 2000);
+        let why = self.fit_or_ascii(&why).await;
         let session = self.work().await?;
         answered(STEP, session.execute(&*self.schema.sql(RESULT_REFUSED), &[&id.build.0, &id.attempt, &why])).await?;
         Ok(())
@@ -347,6 +351,13 @@ impl Database {
     /// None of the changes was written.
     pub async fn write_log(&self, id: AttemptId, changes: &[LogChange], durable: Durable) -> Result<()> {
         const STEP: &str = "write the log of a build";
+        let mut fitting = Vec::with_capacity(changes.len());
+        for change in changes {
+            fitting.push(match change {
+                LogChange::Put { content, .. } => Some(self.fit(content).await?),
+                LogChange::Delete { .. } => None,
+            });
+        }
         let mut session = self.work().await?;
         let put = answered(STEP, session.prepare_cached(&self.schema.sql(LOG_INSERT))).await?;
         let delete = answered(STEP, session.prepare_cached(&self.schema.sql(LOG_DELETE))).await?;
@@ -357,9 +368,9 @@ impl Database {
                 answered(STEP, transaction.batch_execute("SET LOCAL synchronous_commit = off")).await?;
             }
         }
-        for change in changes {
+        for (change, content) in changes.iter().zip(&fitting) {
             match change {
-                LogChange::Put { seq, content, position, left_out } => {
+                LogChange::Put { seq, position, left_out, .. } => {
                     let bytes = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
                     let (position, left_out) = (bytes(*position), left_out.map(bytes));
                     let values: [&(dyn ToSql + Sync); 6] =
@@ -380,10 +391,12 @@ impl Database {
     /// Nothing was written.
     pub async fn attempt_seen(&self, id: AttemptId, seen: &Seen) -> Result<()> {
         const STEP: &str = "write the steps of a build";
+        let steps = tokio_postgres::types::Json(self.fit_json(&seen.steps).await?);
+        let (url, worker) =
+            (self.fit_optional(seen.url.as_deref()).await?, self.fit_optional(seen.worker.as_deref()).await?);
         let session = self.work().await?;
         let sql = answered(STEP, session.prepare_cached(&self.schema.sql(ATTEMPT_SEEN))).await?;
-        let steps = tokio_postgres::types::Json(&seen.steps);
-        let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &seen.url, &seen.worker, &steps];
+        let values: [&(dyn ToSql + Sync); 5] = [&id.build.0, &id.attempt, &url, &worker, &steps];
         answered(STEP, session.execute(&sql, &values)).await?;
         Ok(())
     }
@@ -402,6 +415,8 @@ impl Database {
         unready: &BTreeMap<String, String>,
     ) -> Result<Heard> {
         const STEP: &str = "report this worker";
+        let detail = self.fit_optional(detail).await?;
+        let unready = tokio_postgres::types::Json(self.fit_json(unready).await?);
         let session = self.work().await?;
         let row = answered(
             STEP,
@@ -420,7 +435,7 @@ impl Database {
                     &hello.run,
                     &accepting,
                     &hello.folder,
-                    &tokio_postgres::types::Json(unready),
+                    &unready,
                     &hello.lease.as_secs_f64(),
                     &hello.grace.as_secs_f64(),
                 ],

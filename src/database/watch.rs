@@ -1,7 +1,9 @@
-//! The watch connection: LISTEN, the lock on the worker's name, and the looks at the queue. A snapshot of it has meaning for
-//! the life of the connection only: after a crash of the server transaction ids may be used again.
+//! The watch connection: the lock on the worker's name, and the looks at the queue. A snapshot of it has meaning for
+//! the life of the connection only: after a crash of the server transaction ids may be used again. LISTEN is on a connection beside it,
+//! and both end together.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -12,14 +14,57 @@ use tokio_util::task::AbortOnDropHandle;
 use super::queries::Hello;
 use super::schema::Schema;
 use super::{ConnInfo, Database, DatabaseError, Result, answered, keys, queries, session};
+use crate::clock::Fold;
 use crate::model::{AttemptId, BuildId, Builder, Candidate, Job, Locks, Unlocked};
 
-/// Folds notifications: any number that arrive before the next look are one look.
-#[derive(Default)]
+/// Looks at the queue that wakes lead to: so many at once after a time of quiet, then one each [`PACE`]. Anybody who may connect may NOTIFY,
+/// ten thousand times a second.
+const AT_ONCE: u32 = 10;
+const PACE: Duration = Duration::from_millis(40);
+/// What comes over `build_control` costs more: the builders, cancels, schedules and this worker's own row are looked at.
+const CONTROL_AT_ONCE: u32 = 5;
+const CONTROL_PACE: Duration = Duration::from_millis(200);
+
+/// Folds notifications: any number that arrive before the next look are one look, and there are only so many looks a second. The first one
+/// after a time of quiet is passed on at once, and the last one of a flood leads to a look as well.
 pub struct News {
-    bell: Notify,
-    control: std::sync::atomic::AtomicBool,
-    kicked: std::sync::atomic::AtomicBool,
+    queue: Bell,
+    control: Bell,
+    /// Something came over `build_control`.
+    controlled: AtomicBool,
+    kicked: AtomicBool,
+}
+
+/// Rings for whoever waits, as often as its fold allows; what rang meanwhile is kept, once.
+struct Bell {
+    rung: Notify,
+    fold: Mutex<Fold>,
+}
+
+impl Bell {
+    fn new(pace: Duration, at_once: u32) -> Bell {
+        Bell { rung: Notify::new(), fold: Mutex::new(Fold::new(pace, at_once)) }
+    }
+
+    /// # Cancel safety
+    /// Safe: the ring is taken by the last step.
+    async fn wait(&self) {
+        let next = self.fold.lock().unwrap_or_else(PoisonError::into_inner).next();
+        tokio::time::sleep_until(next).await;
+        self.rung.notified().await;
+        self.fold.lock().unwrap_or_else(PoisonError::into_inner).pass(1);
+    }
+}
+
+impl Default for News {
+    fn default() -> News {
+        News {
+            queue: Bell::new(PACE, AT_ONCE),
+            control: Bell::new(CONTROL_PACE, CONTROL_AT_ONCE),
+            controlled: AtomicBool::new(false),
+            kicked: AtomicBool::new(false),
+        }
+    }
 }
 
 impl News {
@@ -28,28 +73,39 @@ impl News {
     /// # Cancel safety
     /// Safe: a wake is kept for the next call.
     pub async fn wait(&self) {
-        self.bell.notified().await;
+        tokio::select! {
+            () = self.control.wait() => self.controlled.store(true, Ordering::Release),
+            () = self.queue.wait() => {}
+        }
     }
 
     /// Rings.
     pub fn ring(&self) {
-        self.bell.notify_one();
+        self.queue.rung.notify_one();
     }
 
     /// Rings, and asks for a look at everything: what has come may bear no mark by which it could be seen to be new.
     pub fn kick(&self) {
-        self.kicked.store(true, std::sync::atomic::Ordering::Release);
+        self.kicked.store(true, Ordering::Release);
         self.ring();
     }
 
     /// Whether there was a kick since the last call.
     pub fn take_kick(&self) -> bool {
-        self.kicked.swap(false, std::sync::atomic::Ordering::AcqRel)
+        self.kicked.swap(false, Ordering::AcqRel)
     }
 
-    /// Whether something came over `build_control` since the last call: builders changed, a cancel, a drain.
+    /// Whether a wait since the last call ended because of something that came over `build_control`: builders changed, a cancel, a drain.
     pub fn take_control(&self) -> bool {
-        self.control.swap(false, std::sync::atomic::Ordering::AcqRel)
+        self.controlled.swap(false, Ordering::AcqRel)
+    }
+
+    /// A notification came. What it says is a hint at most, and is not kept.
+    fn heard(&self, channel: &str) {
+        match channel {
+            "build_control" => self.control.rung.notify_one(),
+            _ => self.ring(),
+        }
     }
 }
 
@@ -97,12 +153,14 @@ struct Prepared {
     next_due: Statement,
 }
 
-/// The watch connection.
+/// The watch connection, and the one that listens for it.
 pub struct Watch {
     client: Client,
     prepared: Prepared,
     gone: CancellationToken,
-    _driver: AbortOnDropHandle<()>,
+    /// Its connection ends with it.
+    listener: Client,
+    _drivers: [AbortOnDropHandle<()>; 2],
 }
 
 impl Database {
@@ -115,33 +173,42 @@ impl Database {
     }
 }
 
+/// Connects. Notifications ring `news` as they come; the end of the connection rings it too, and is told by `gone`.
+async fn drive(
+    info: &ConnInfo,
+    name: &str,
+    news: &Arc<News>,
+    gone: &CancellationToken,
+) -> Result<(Client, AbortOnDropHandle<()>)> {
+    let (client, mut connection) = super::connect(info, name).await?;
+    let (news, gone) = (Arc::clone(news), gone.clone());
+    let driver = crate::tasks::spawn(async move {
+        loop {
+            match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
+                Some(Ok(AsyncMessage::Notification(note))) => news.heard(note.channel()),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => {
+                    tracing::debug!(error = %crate::report::Chain(&error), "a watch connection ended");
+                    break;
+                }
+                None => break,
+            }
+        }
+        gone.cancel();
+        news.ring();
+    });
+    Ok((client, driver))
+}
+
 impl Watch {
     async fn connect(info: &ConnInfo, schema: &Schema, hello: &Hello, news: Arc<News>) -> Result<Watch> {
         let worker = hello.name.as_str();
         const STEP: &str = "listen for wakes";
-        let (client, mut connection) = super::connect(info, &format!("buildreactor {worker} watch")).await?;
         let gone = CancellationToken::new();
-        let at_end = gone.clone();
-        let driver = crate::tasks::spawn(async move {
-            loop {
-                match std::future::poll_fn(|cx| connection.poll_message(cx)).await {
-                    Some(Ok(AsyncMessage::Notification(note))) => {
-                        if note.channel() == "build_control" {
-                            news.control.store(true, std::sync::atomic::Ordering::Release);
-                        }
-                        news.ring();
-                    }
-                    Some(Ok(_)) => {}
-                    Some(Err(error)) => {
-                        tracing::debug!(error = %crate::report::Chain(&error), "the watch connection ended");
-                        break;
-                    }
-                    None => break,
-                }
-            }
-            at_end.cancel();
-            news.ring();
-        });
+        let (client, driver) = drive(info, &format!("buildreactor {worker} watch"), &news, &gone).await?;
+        // A connection of its own: an answer to a look would have to wait behind every notification that anybody sends.
+        let (listener, listening) = drive(info, &format!("buildreactor {worker} listen"), &news, &gone).await?;
+        answered(STEP, session::prepare(&listener, schema, &session::work())).await?;
         answered(STEP, session::prepare(&client, schema, &session::work())).await?;
         let prepared = answered(STEP, async {
             Ok(Prepared {
@@ -157,7 +224,7 @@ impl Watch {
             })
         })
         .await?;
-        let watch = Watch { client, prepared, gone, _driver: driver };
+        let watch = Watch { client, prepared, gone, listener: listener, _drivers: [driver, listening] };
         const NAME: &str = "SELECT pg_try_advisory_lock($1, hashtext($2))";
         let name = answered(STEP, watch.client.query_one(NAME, &[&keys::NAME, &worker])).await?;
         if !name.get::<_, bool>(0) {
@@ -176,7 +243,7 @@ impl Watch {
             });
             return Err(DatabaseError::NameInUse { name: worker.to_owned(), by, stale });
         }
-        answered(STEP, watch.client.batch_execute("LISTEN build_queue; LISTEN build_control")).await?;
+        answered(STEP, watch.listener.batch_execute("LISTEN build_queue; LISTEN build_control")).await?;
         Ok(watch)
     }
 
@@ -366,5 +433,72 @@ mod tests {
         assert_eq!(snapshot, Snapshot { xmax: "20".into(), under_way: vec!["10".into(), "14".into(), "15".into()] });
         assert_eq!(Snapshot::parse("20:20:").unwrap().under_way, Vec::<String>::new());
         assert_eq!(Snapshot::parse("nonsense"), None);
+    }
+
+    /// Rings `each` so often for `time`, waits as the reactor does, and comes back with how many waits ended.
+    async fn flood(news: &News, channel: &str, each: Duration, time: Duration) -> u32 {
+        let mut looks = 0;
+        let flooding = async {
+            let begun = tokio::time::Instant::now();
+            while begun.elapsed() < time {
+                news.heard(channel);
+                tokio::time::sleep(each).await;
+            }
+        };
+        let looking = async {
+            loop {
+                news.wait().await;
+                looks += 1;
+            }
+        };
+        tokio::select! {
+            () = flooding => {}
+            () = looking => {}
+        }
+        looks
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_wakes_is_some_tens_of_looks_a_second_and_its_last_is_not_lost() {
+        for (channel, most) in [("build_queue", 270), ("build_control", 60), ("anything", 270)] {
+            let news = News::default();
+            let looks = flood(&news, channel, Duration::from_millis(1), Duration::from_secs(10)).await;
+            assert!(looks > most / 2 && looks < most, "{channel}: {looks}");
+            news.take_control();
+            news.heard(channel);
+            tokio::time::timeout(Duration::from_millis(250), news.wait()).await.expect("the last one leads to a look");
+            assert_eq!(news.take_control(), channel == "build_control");
+            let more = tokio::time::timeout(Duration::from_secs(60), news.wait()).await;
+            assert!(more.is_err(), "and to one alone");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wake_after_quiet_is_passed_on_at_once() {
+        let news = News::default();
+        flood(&news, "build_queue", Duration::from_millis(1), Duration::from_secs(3)).await;
+        flood(&news, "build_control", Duration::from_millis(1), Duration::from_secs(3)).await;
+        while tokio::time::timeout(Duration::from_secs(2), news.wait()).await.is_ok() {}
+        for _ in 0..5 {
+            for channel in ["build_queue", "build_control"] {
+                let begun = tokio::time::Instant::now();
+                news.heard(channel);
+                news.wait().await;
+                assert!(begun.elapsed() <= Duration::from_millis(1), "{channel}: {:?}", begun.elapsed());
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_that_is_dropped_loses_no_wake() {
+        let news = News::default();
+        flood(&news, "build_control", Duration::from_millis(1), Duration::from_secs(1)).await;
+        news.heard("build_control");
+        news.heard("build_queue");
+        let mut ended = 0;
+        for _ in 0..1000 {
+            ended += u32::from(tokio::time::timeout(Duration::from_millis(1), news.wait()).await.is_ok());
+        }
+        assert!((2..=3).contains(&ended) && news.take_control(), "{ended}");
     }
 }

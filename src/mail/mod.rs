@@ -6,13 +6,14 @@ mod message;
 mod smtp;
 mod templates;
 mod text;
+mod wire;
 
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 pub use self::message::Letter;
 use self::message::Writer;
@@ -20,7 +21,7 @@ use self::smtp::Smtp;
 use self::templates::Templates;
 pub use self::text::clean_line;
 use crate::config::{Mail, Server};
-use crate::database::mail::{Claimed, Facts};
+use crate::database::mail::{Claimed, Facts, Limits};
 use crate::report::Chain;
 
 /// A mail that cannot be written, or settings that cannot work.
@@ -120,9 +121,10 @@ impl Mailer {
         self.settings.timeout * 15 + Duration::from_secs(30)
     }
 
-    /// `[mail] per_hour`.
-    pub fn per_hour(&self) -> u32 {
-        self.settings.per_hour
+    /// How many mails go out within an hour.
+    pub fn limits(&self) -> Limits {
+        let Mail { per_hour, per_submitter, notify_per_hour, .. } = self.settings;
+        Limits { address: per_hour, submitter: per_submitter, notified: notify_per_hour }
     }
 
     /// Whether `[mail] domains` lets mail go to this address.
@@ -189,6 +191,8 @@ async fn write_file(folder: &Path, letter: &Letter) -> std::io::Result<()> {
 
 /// Exit codes are those of sysexits(3).
 async fn sendmail(program: &Path, limit: Duration, letter: &Letter) -> Result<(), Failure> {
+    /// Bytes of its stderr that are kept.
+    const LONGEST: u64 = 64 << 10;
     let unreachable = |what: String| Failure::Unreachable(format!("`{}`: {what}", program.display()));
     let mut command = tokio::process::Command::new(program);
     crate::config::without_secrets(command.as_std_mut());
@@ -200,7 +204,7 @@ async fn sendmail(program: &Path, limit: Duration, letter: &Letter) -> Result<()
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| unreachable(error.to_string()))?;
-    let input = child.stdin.take();
+    let (input, errors) = (child.stdin.take(), child.stderr.take());
     // Lines as on this machine: not every sendmail takes the network's.
     let text = String::from_utf8_lossy(&letter.bytes).replace("\r\n", "\n");
     let work = async {
@@ -213,19 +217,28 @@ async fn sendmail(program: &Path, limit: Duration, letter: &Letter) -> Result<()
                 tracing::debug!("cannot write to `{}`: {error}", program.display());
             }
         };
+        let read = async {
+            let mut said = Vec::new();
+            if let Some(mut errors) = errors {
+                // The first words say why; all others are read, so that the program can go on, and dropped.
+                (&mut errors).take(LONGEST).read_to_end(&mut said).await?;
+                tokio::io::copy(&mut errors, &mut tokio::io::sink()).await?;
+            }
+            Ok::<_, std::io::Error>((said, child.wait().await?))
+        };
         // Both at once, or a chatty program and we would wait for each other.
-        tokio::join!(write, child.wait_with_output()).1
+        tokio::join!(write, read).1
     };
-    let output = match tokio::time::timeout(limit, work).await {
+    let (said, status) = match tokio::time::timeout(limit, work).await {
         Ok(output) => output.map_err(|error| unreachable(error.to_string()))?,
         Err(_) => return Err(unreachable(format!("did not end within {} s", limit.as_secs()))),
     };
-    if output.status.success() {
+    if status.success() {
         return Ok(());
     }
-    let said = clean_line(&String::from_utf8_lossy(&output.stderr), 1000);
-    let words = format!("{}: {said}", output.status);
-    Err(match output.status.code() {
+    let said = clean_line(&String::from_utf8_lossy(&said), 1000);
+    let words = format!("{status}: {said}");
+    Err(match status.code() {
         // EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM
         Some(65 | 67 | 68 | 69 | 77) => Failure::Refused(words),
         Some(75) => Failure::NotNow(words),

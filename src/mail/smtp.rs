@@ -3,7 +3,8 @@
 //! Not lettre's pooled transport: it has no limit on the time of a reply, and when one is put around it, it takes the connection back
 //! into its pool in the middle of a dialogue. The late reply to one letter would then count for the next.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use lettre::transport::smtp::Error;
@@ -11,9 +12,10 @@ use lettre::transport::smtp::authentication::{Credentials, Mechanism};
 use lettre::transport::smtp::client::{AsyncSmtpConnection, Certificate, TlsParameters};
 use lettre::transport::smtp::commands::{Data, Mail as MailFrom, Quit, Rcpt, Rset};
 use lettre::transport::smtp::extension::{ClientId, Extension, MailBodyParameter, MailParameter};
+use rustls::ClientConfig;
 use tokio::time::Instant;
 
-use super::{Failure, Letter, MailError, words};
+use super::{Failure, Letter, MailError, wire, words};
 use crate::config::{Auth, Mail, StartTls};
 
 /// Servers end a connection after so many letters, or when it was idle for long; so do we, before them.
@@ -27,8 +29,9 @@ pub(super) struct Smtp {
     host: String,
     port: u16,
     /// From the first byte.
-    tls: bool,
+    tls: Option<Arc<ClientConfig>>,
     starttls: StartTls,
+    /// For STARTTLS.
     parameters: TlsParameters,
     user: Option<String>,
     password_file: Option<PathBuf>,
@@ -48,14 +51,29 @@ struct Open {
 /// What goes wrong in a step, before it is known whom it concerns.
 enum Trouble {
     Smtp(Error),
+    /// No connection.
+    Connect(std::io::Error),
     /// No reply in time.
     Silence(&'static str, Duration),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Trouble {
+        Trouble::Smtp(error)
+    }
+}
+
+impl From<std::io::Error> for Trouble {
+    fn from(error: std::io::Error) -> Trouble {
+        Trouble::Connect(error)
+    }
 }
 
 impl Trouble {
     fn words(&self) -> String {
         match self {
             Trouble::Smtp(error) => words(error),
+            Trouble::Connect(error) => words(error),
             Trouble::Silence(step, time) => format!("no reply to {step} within {} s", time.as_secs_f64()),
         }
     }
@@ -65,9 +83,11 @@ impl Smtp {
     pub(super) fn new(settings: &Mail, host: &str, port: u16, tls: bool) -> Result<Smtp, MailError> {
         let starttls = settings.starttls();
         let mut parameters = TlsParameters::builder(host.to_owned());
+        let unusable = |what: String| {
+            let file = settings.ca_file.as_deref().unwrap_or(Path::new(""));
+            MailError::new(format!("cannot use `{}` ([mail] ca_file): {what}", file.display()))
+        };
         if let Some(file) = &settings.ca_file {
-            let unusable =
-                |what: String| MailError::new(format!("cannot use `{}` ([mail] ca_file): {what}", file.display()));
             let pem = std::fs::read(file).map_err(|error| unusable(error.to_string()))?;
             parameters =
                 parameters.add_root_certificate(Certificate::from_pem(&pem).map_err(|error| unusable(words(&error)))?);
@@ -79,6 +99,10 @@ impl Smtp {
             .dangerous_accept_invalid_hostnames(any)
             .build()
             .map_err(|error| MailError::new(format!("cannot prepare TLS for mail: {}", words(&error))))?;
+        let tls = match tls {
+            true => Some(wire::tls(settings.ca_file.as_deref()).map_err(unusable)?),
+            false => None,
+        };
         Ok(Smtp {
             host: host.to_owned(),
             port,
@@ -146,12 +170,14 @@ impl Smtp {
     async fn connect(&self) -> Result<Open, Failure> {
         let place = format!("{}:{}", self.host, self.port);
         let failed = |trouble: Trouble| Failure::Unreachable(format!("{place}: {}", trouble.words()));
-        let tls = self.tls.then(|| self.parameters.clone());
-        let (host, step) = (self.host.as_str(), self.step);
-        let connecting = AsyncSmtpConnection::connect_tokio1((host, self.port), Some(step), &self.hello, tls, None);
+        let step = self.step;
+        let connecting = async {
+            let stream = wire::connect(&self.host, self.port, self.tls.as_ref()).await?;
+            Ok::<_, Trouble>(AsyncSmtpConnection::connect_with_transport(stream, &self.hello).await?)
+        };
         let mut connection = within("the connection, its greeting or EHLO", step, connecting).await.map_err(failed)?;
         let wanted = match self.starttls {
-            _ if self.tls => false,
+            _ if self.tls.is_some() => false,
             StartTls::Required => true,
             StartTls::Opportunistic => connection.can_starttls(),
             StartTls::Never => false,
@@ -225,13 +251,13 @@ impl Smtp {
     }
 }
 
-async fn within<T>(
+async fn within<T, E: Into<Trouble>>(
     step: &'static str,
     limit: Duration,
-    work: impl Future<Output = Result<T, Error>>,
+    work: impl Future<Output = Result<T, E>>,
 ) -> Result<T, Trouble> {
     match tokio::time::timeout(limit, work).await {
-        Ok(outcome) => outcome.map_err(Trouble::Smtp),
+        Ok(outcome) => outcome.map_err(Into::into),
         Err(_) => Err(Trouble::Silence(step, limit)),
     }
 }

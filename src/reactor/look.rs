@@ -157,6 +157,21 @@ impl Reactor {
         Ok(())
     }
 
+    /// Any wake may mean that a builder is idle again: its claim is tried, but not at the pace at which somebody sends wakes.
+    pub(super) fn woken(&mut self) {
+        let next = self.retrying.next();
+        // None is blocked, or they are tried by then anyway.
+        if self.timers.blocked.is_none_or(|at| at <= next) {
+            return;
+        }
+        self.retrying.pass(u32::try_from(self.blocked.len()).unwrap_or(u32::MAX));
+        if next <= Instant::now() {
+            self.unblock();
+        } else {
+            self.timers.blocked = Some(next);
+        }
+    }
+
     /// Takes over those of the builds that run on this worker, by the database's word, which `are_left`. `how`: for the log.
     async fn adopt(&mut self, how: &str, are_left: impl Fn(AttemptId) -> bool) -> Result<(), DatabaseError> {
         let Some(watch) = &self.watch else { return Ok(()) };

@@ -39,6 +39,7 @@ pub use self::outage::{Outage, backoff};
 use self::scheduler::{Scheduler, Tended};
 use self::settling::Settling;
 use self::unready::Unready;
+use crate::clock::Fold;
 use crate::database::queries::Hello;
 use crate::database::watch::Snapshot;
 use crate::database::{Database, DatabaseError, News, Watch};
@@ -64,6 +65,9 @@ const AFTER_ROWS_GONE: Duration = Duration::from_secs(5);
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// At least this often, and at each ping: which running builds nobody holds.
 const LOST: Duration = Duration::from_secs(2);
+/// Claims of builders that were busy elsewhere which wakes have tried again, a builder at a time: so many at once, then one each [`RETRY`].
+const RETRY_AT_ONCE: u32 = 20;
+const RETRY: Duration = Duration::from_millis(50);
 /// While something runs: whether a person's statement waits for its row. The statement gives up after 2.5 s.
 const ASKERS: Duration = Duration::from_millis(700);
 
@@ -156,6 +160,8 @@ pub struct Reactor {
     /// All that waits was settled, or tried to be, since the start: what is superseded is not to be begun.
     has_settled: bool,
     scheduler: Scheduler,
+    /// Claims that wakes have tried again.
+    retrying: Fold,
 }
 
 /// Why a reactor left.
@@ -226,6 +232,7 @@ impl Reactor {
             settling: Settling::default(),
             has_settled: false,
             scheduler: Scheduler::new(now),
+            retrying: Fold::new(RETRY, RETRY_AT_ONCE),
         }
     }
 
@@ -370,7 +377,7 @@ impl Reactor {
             Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => self.finished(finished),
             Some(order) = self.orders.recv() => self.obey(order),
             // Any wake may mean that a builder is idle again.
-            () = self.news.wait() => self.unblock(),
+            () = self.news.wait() => self.woken(),
             () = tokio::time::sleep_until(wake_at), if tending => {}
             () = self.shared.giving_up.cancelled(), if self.leaving.is_some() && self.tasks.is_empty() => {}
         }
@@ -493,6 +500,8 @@ impl Reactor {
                 if self.unready.insert(builder, why) {
                     tracing::warn!(builder, "cannot claim a build of {builder}: {}", Chain(&error));
                 }
+                // Whatever wakes us: what the database refuses is not asked for at the pace of anybody's NOTIFY.
+                self.held.insert(builder.to_owned(), Instant::now() + AFTER_FAILURE);
                 self.block(builder, AFTER_FAILURE);
                 if in_doubt {
                     let at = Instant::now() + AFTER_FAILURE;

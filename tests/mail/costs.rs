@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use buildreactor::database::mail::Reach;
+use buildreactor::database::mail::{Limits, Reach};
 use buildreactor::database::{ConnInfo, Database, SessionLimits};
 
 use super::{PASS, all_gone, build, obedient, settings, start, subscribe};
 use crate::support::smtp::{Fault, Mailbox, Manner};
 use crate::support::{Db, SOON, wait_for};
+
+const LIMITS: Limits = Limits { address: 1000, submitter: 1000, notified: 1000 };
 
 #[tokio::test]
 async fn a_mail_server_that_hangs_delays_no_build() {
@@ -132,10 +134,10 @@ async fn rounds_of_the_postman(db: &Db, database: &Database) -> [Duration; 2] {
         let mut from_the_beginning = Reach::default();
         let reach = if n % 2 == 0 { &mut reach } else { &mut from_the_beginning };
         let began = Instant::now();
-        let claimed = database.claim_mail(reach, "w", 1000, SOON).await.unwrap().unwrap();
+        let claimed = database.claim_mail(reach, "w", LIMITS, SOON).await.unwrap().unwrap();
         assert_eq!(claimed.ids(), [id]);
         database.mail_sent(&[id]).await.unwrap();
-        assert!(database.claim_mail(reach, "w", 1000, SOON).await.unwrap().is_none());
+        assert!(database.claim_mail(reach, "w", LIMITS, SOON).await.unwrap().is_none());
         assert_eq!(database.mail_wait(reach, SOON).await.unwrap(), None);
         times[n % 2].push(began.elapsed());
     }

@@ -116,6 +116,17 @@ impl Db {
         Db { client: connect(&url).await, name, url, shared: true }
     }
 
+    /// In another encoding than UTF8.
+    pub async fn encoded(encoding: &str) -> Db {
+        let name = format!("test_{}", unique());
+        let create =
+            format!("CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'");
+        admin().await.batch_execute(&create).await.unwrap();
+        let url = server().url(&name);
+        buildreactor::database::migrate::migrate(&ConnInfo::from_env(Some(&url)).unwrap()).await.unwrap();
+        Db { client: connect(&url).await, name, url, shared: true }
+    }
+
     /// On a server of the test's own.
     pub async fn on(server: &Server) -> Db {
         let url = server.url("postgres");
@@ -545,6 +556,13 @@ pub fn cpu_ticks(pid: i32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// The most memory that a process has had so far, in kB.
+pub fn peak_memory(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 /// All descendants of a process.

@@ -16,12 +16,14 @@ pub enum Fault {
     Hang(&'static str),
     /// Ends the connection at this step; at `end`, with the whole letter.
     Cut(&'static str),
+    /// Answers the step with this, again and again, without an end.
+    Gush(&'static str, &'static str),
 }
 
 impl Fault {
     fn step(&self) -> &'static str {
         match self {
-            Fault::Say(step, _) | Fault::Hang(step) | Fault::Cut(step) => step,
+            Fault::Say(step, _) | Fault::Gush(step, _) | Fault::Hang(step) | Fault::Cut(step) => step,
         }
     }
 }
@@ -44,6 +46,7 @@ struct State {
     /// Commands without arguments, those of AUTH whole; whether they came encrypted.
     said: Vec<(String, bool)>,
     connections: usize,
+    gushed: u64,
 }
 
 #[derive(Clone)]
@@ -119,6 +122,11 @@ impl Mailbox {
         self.state.lock().unwrap().connections
     }
 
+    /// Bytes that were taken off it without an end in sight.
+    pub fn gushed(&self) -> u64 {
+        self.state.lock().unwrap().gushed
+    }
+
     /// The fault that comes first, if it is of this step.
     fn fault(&self, step: &str) -> Option<Fault> {
         let mut state = self.state.lock().unwrap();
@@ -140,7 +148,7 @@ impl Mailbox {
             match self.fault("handshake") {
                 Some(Fault::Hang(_)) => std::future::pending().await,
                 Some(Fault::Cut(_)) => return None,
-                Some(Fault::Say(..)) | None => {}
+                Some(Fault::Say(..) | Fault::Gush(..)) | None => {}
             }
             let acceptor = manner.tls.as_ref()?;
             let stream = acceptor.accept(stream.into_inner()).await.ok()?;
@@ -156,6 +164,14 @@ impl Mailbox {
             Some(Fault::Say(_, answer)) => (answer, answer.starts_with('2')),
             Some(Fault::Hang(_)) => std::future::pending().await,
             Some(Fault::Cut(_)) => return None,
+            Some(Fault::Gush(_, text)) => {
+                let much = text.repeat((1 << 20) / text.len());
+                loop {
+                    stream.write_all(much.as_bytes()).await.ok()?;
+                    let mut state = self.state.lock().unwrap();
+                    state.gushed += much.len() as u64;
+                }
+            }
         };
         stream.write_all(format!("{answer}\r\n").as_bytes()).await.ok()?;
         stream.flush().await.ok()?;

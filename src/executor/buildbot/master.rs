@@ -14,7 +14,7 @@ use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::task::TaskTracker;
 
 use crate::config;
@@ -37,8 +37,11 @@ const UNDELIVERED: Duration = Duration::from_secs(8);
 /// How many questions are under way at once: to a master that takes them and never answers as well.
 const AT_ONCE: usize = 32;
 
-/// An answer larger than this is not one of ours, bytes.
+/// An answer larger than this is not one of ours, bytes; and all that are being read at once hold no more.
 const LARGEST: usize = 64 << 20;
+
+/// An answer to a call, and one that is an error, are words and numbers: no larger than this, bytes.
+const WORDS: usize = 1 << 20;
 
 /// A master as `[buildbot.NAME]` has it.
 pub struct Master {
@@ -54,6 +57,8 @@ pub struct Master {
     /// Questions under way, whether or not somebody still waits for the answer.
     exchanges: TaskTracker,
     room: Arc<Semaphore>,
+    /// Bytes that answers may still take.
+    bytes: Arc<Semaphore>,
 }
 
 /// What a master answers.
@@ -61,6 +66,7 @@ struct Answer {
     status: StatusCode,
     headers: HeaderMap,
     body: Vec<u8>,
+    too_long: bool,
 }
 
 /// Why a master did not do what it was asked.
@@ -157,6 +163,7 @@ impl Master {
             cookie: Mutex::default(),
             exchanges: TaskTracker::new(),
             room: Arc::new(Semaphore::new(AT_ONCE)),
+            bytes: Arc::new(Semaphore::new(LARGEST)),
         })
     }
 
@@ -184,7 +191,7 @@ impl Master {
     /// Safe.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let url = format!("{}/api/v2/{path}", self.url);
-        let Answer { status, headers, body } = self.exchange(|client| client.get(&url), &|| true).await?;
+        let Answer { status, headers, body, .. } = self.exchange(|client| client.get(&url), &|| true).await?;
         // Of the master's own words; what stands before it may say so while it restarts.
         if status == StatusCode::NOT_FOUND && serde_json::from_slice::<Value>(&body).is_ok() {
             return Err(MasterError::NotFound(format!("master `{}` has no {path}", self.name)));
@@ -229,6 +236,9 @@ impl Master {
         let url = format!("{}/api/v2/{path}", self.url);
         let body = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
         let Answer { status, body: answer, .. } = self.exchange(|client| client.post(&url).json(&body), still).await?;
+        if answer.len() > WORDS {
+            return Err(self.too_long());
+        }
         if status.is_success()
             && let Ok(Value::Object(mut fields)) = serde_json::from_slice(&answer)
             && let Some(result) = fields.remove("result")
@@ -260,7 +270,7 @@ impl Master {
     pub async fn about(&self) -> Result<About> {
         self.log_in_if_asked().await?;
         let url = format!("{}/config", self.url);
-        let Answer { status, headers, body } = self.send(self.request(&|client| client.get(&url))).await?;
+        let Answer { status, headers, body, .. } = self.send(self.request(&|client| client.get(&url))).await?;
         if !status.is_success() {
             return Err(self.unexpected(status, &headers, &body));
         }
@@ -304,23 +314,35 @@ impl Master {
                 self.name
             )));
         };
+        let bytes = Arc::clone(&self.bytes);
         let whole = async move {
             let _room = room;
             let mut response = request.send().await?;
             let (status, headers, mut body) = (response.status(), response.headers().clone(), Vec::new());
+            let most = if status.is_success() { LARGEST } else { WORDS };
+            let (mut taken, mut too_long) = (None::<SemaphorePermit<'_>>, false);
             while let Some(part) = response.chunk().await? {
-                // What is too much is read all the same.
-                if body.len() <= LARGEST {
-                    body.extend_from_slice(&part);
+                let some = bytes.try_acquire_many(u32::try_from(part.len()).unwrap_or(u32::MAX));
+                match (some, &mut taken) {
+                    (Ok(some), taken) if !too_long && body.len() + part.len() <= most => {
+                        body.extend_from_slice(&part);
+                        match taken {
+                            Some(taken) => taken.merge(some),
+                            None => *taken = Some(some),
+                        }
+                    }
+                    // What is too much is read all the same, and dropped.
+                    _ => {
+                        too_long = true;
+                        (taken, body) = (None, Vec::new());
+                    }
                 }
             }
-            Ok(Answer { status, headers, body })
+            Ok(Answer { status, headers, body, too_long })
         };
         let exchange = self.exchanges.spawn(tokio::time::timeout(LATE, whole));
         match tokio::time::timeout(ANSWER, exchange).await {
-            Ok(Ok(Ok(Ok(answer)))) if answer.body.len() > LARGEST => {
-                Err(MasterError::Unreachable(format!("an answer of master `{}` is too long", self.name)))
-            }
+            Ok(Ok(Ok(Ok(answer)))) if answer.too_long => Err(self.too_long()),
             Ok(Ok(Ok(Ok(answer)))) => Ok(answer),
             Ok(Ok(Ok(Err(error)))) => Err(self.unreachable(&error)),
             Err(_) | Ok(Ok(Err(_)) | Err(_)) => Err(self.silent()),
@@ -389,6 +411,10 @@ impl Master {
             format!("cannot read the password for master `{name}` in `{}`: {error}", file.display())
         })?;
         Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+    }
+
+    fn too_long(&self) -> MasterError {
+        MasterError::Unreachable(format!("an answer of master `{}` is too long", self.name))
     }
 
     fn silent(&self) -> MasterError {
