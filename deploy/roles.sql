@@ -40,7 +40,7 @@ SET LOCAL search_path = :"schema";
 
 -- build_viewer sees everything but what may hold secrets: script, env and settings of builders.
 GRANT SELECT ON queue_status, running_builds, recent_builds, builder_status, worker_status, build_stats, mail_status, build_advisory_locks TO :"viewer";
-GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_steps, build_locks, build_schedules, build_subscriptions, build_mail, workers TO :"viewer";
+GRANT SELECT ON builds, build_queue, build_attempts, build_log, build_steps, build_locks, build_schedules, build_subscriptions, build_mail, build_cancels, workers TO :"viewer";
 GRANT SELECT (name, description, executor, labels, locks, max_running, timeout, silence_timeout, max_attempts,
               retry_failed, keep_workspace, paused, paused_reason, branch_property) ON builders TO :"viewer";
 
@@ -72,9 +72,10 @@ GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_queue TO :"worker";
 GRANT UPDATE ON build_schedules, build_mail TO :"worker";
 GRANT UPDATE ON builds TO :"worker";
+GRANT UPDATE, DELETE ON build_cancels TO :"worker";
 GRANT INSERT, UPDATE ON build_attempts, build_steps, workers TO :"worker";
 GRANT INSERT, UPDATE, DELETE ON build_log TO :"worker";
-GRANT EXECUTE ON FUNCTION build_needs_settle(bigint), build_needs_follow(bigint[], double precision), build_queue_supersede(text, text, bigint),
+GRANT EXECUTE ON FUNCTION build_needs_settle(bigint), build_needs_follow(bigint[], double precision), build_settle_some(bigint, integer), build_queue_supersede(text, text, bigint),
     build_cancel_settle(bigint), build_prune(bigint[]), build_characters_fit(bytea[]), mail_mailbox(text) TO :"worker";
 -- Not the history: a worker that was broken into cannot delete it. One whose [retention] has builds or builds_per_builder needs:
 --     GRANT DELETE ON builds TO build_worker;

@@ -143,7 +143,7 @@ async fn two_needs_that_end_at_the_same_instant_release_their_build_once() {
                  DELETE FROM build_queue WHERE build_id = {id}; COMMIT; RESET buildreactor.session"
             ))
             .await;
-            worker.settle(&[BuildId(id)], false).await.unwrap();
+            worker.settle(&[BuildId(id)], false, &mut None).await.unwrap();
         };
         tokio::join!(end(&one, first), end(&two, second));
         assert_eq!(

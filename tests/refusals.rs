@@ -237,3 +237,20 @@ async fn a_statement_in_a_trigger_of_ones_own_is_checked_as_in_psql() {
     db.wait("SELECT count(*) = 0 FROM build_queue").await;
     daemon.stop().await;
 }
+
+#[tokio::test]
+async fn a_trigger_may_raise_any_error_and_stops_its_own_build_alone() {
+    for state in ["P0001", "40001", "55000", "55P03", "57014", "0A000"] {
+        let db = Db::new().await;
+        db.builder("linux", "true").await;
+        db.execute(&format!(
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''the release is frozen'' USING ERRCODE = ''{state}''; END';
+             CREATE TRIGGER no BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'running' AND NEW.id = 1) EXECUTE FUNCTION no();
+             INSERT INTO build_queue (builder) VALUES ('linux'), ('linux')"
+        ))
+        .await;
+        let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+        assert_eq!(db.finished(2).await, "passed", "{state}");
+        db.wait("SELECT waiting_because LIKE '%the release is frozen%' FROM queue_status WHERE build_id = 1").await;
+    }
+}

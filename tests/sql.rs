@@ -379,7 +379,7 @@ const BEFORE_V6: &str =
     ALTER TABLE builds DROP CONSTRAINT needs_are_at_most_100000, DROP CONSTRAINT reason_cancel_reason_and_detail_are_at_most_64_kib_each;
     ALTER TABLE builders DROP CONSTRAINT description_paused_reason_and_settings_are_at_most_64_kib_each,
         DROP CONSTRAINT labels_and_locks_are_at_most_100_names_and_20000_bytes_each;
-    DROP FUNCTION mail_addresses_are_valid; DROP FUNCTION IF EXISTS mail_mailbox; DROP FUNCTION IF EXISTS build_characters_fit; DROP FUNCTION build_schema_api;
+    DROP TABLE build_cancels; DROP FUNCTION mail_addresses_are_valid; DROP FUNCTION IF EXISTS mail_mailbox; DROP FUNCTION IF EXISTS build_characters_fit; DROP FUNCTION build_schema_api;
     DELETE FROM build_schema_history WHERE version >= 6";
 
 /// Inserts until `done`; comes back with how many, and the longest that one took.

@@ -109,6 +109,19 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION farm.build_needs_settle(bigint) IS 'Looks at the needs of a waiting build: releases it when all have passed, skips it when one has ended otherwise. Waits for nobody. For workers.';
 
+CREATE OR REPLACE FUNCTION farm.build_refused(id bigint, why text) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    -- Said once: it is refused again at each look.
+    UPDATE farm.builds b SET detail = left('the database refuses to end it: ' || why, 2000)
+    WHERE b.id = $1 AND b.state = 'queued' AND b.detail IS DISTINCT FROM left('the database refuses to end it: ' || why, 2000);
+EXCEPTION WHEN OTHERS THEN
+    -- Not even that may be written.
+    NULL;
+END $$;
+COMMENT ON FUNCTION farm.build_refused(bigint, text) IS 'Says in the row of a waiting build why the database refuses to end it. Internal.';
+
 CREATE OR REPLACE FUNCTION farm.build_needs_follow(ended bigint[], seconds double precision, OUT settled bigint, OUT left_over bigint[])
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_variable
@@ -118,9 +131,12 @@ DECLARE
     waiting bigint;
     names bigint[];
     is_stuck boolean;
+    is_refused boolean;
 BEGIN
     settled := 0;
     left_over := '{}';
+    -- What a trigger of somebody's refuses only at COMMIT is no matter of the other builds either.
+    SET CONSTRAINTS ALL IMMEDIATE;
     -- A hundred at a time: the array that is looked for stays short, whatever the shape.
     WHILE ended <> '{}' LOOP
         batch := ended[1:100];
@@ -136,11 +152,14 @@ BEGIN
                 RETURN;
             END IF;
             -- What the row of one build, or a trigger of somebody's, refuses is no matter of the others.
+            is_refused := false;
             BEGIN
                 PERFORM farm.build_needs_settle(waiting);
             EXCEPTION WHEN OTHERS THEN
-                RAISE WARNING 'build % cannot be settled: %', waiting, SQLERRM;
+                is_refused := true;
+                PERFORM farm.build_refused(waiting, SQLERRM);
             END;
+            CONTINUE WHEN is_refused;
             -- By its key alone: the index on needs would be walked for all that name the same build.
             SELECT q.needs INTO names FROM farm.build_queue q WHERE q.build_id = waiting;
             IF names && batch THEN
@@ -156,7 +175,7 @@ BEGIN
         IF is_stuck THEN
             left_over := left_over || batch;
         END IF;
-        ended := ended[101:];
+        ended := ended[cardinality(batch) + 1:];
     END LOOP;
 END $$;
 COMMENT ON FUNCTION farm.build_needs_follow(bigint[], double precision) IS 'Settles what hangs on builds that have ended, through any depth, for about so many seconds. Says how many it settled, and which ended builds something may still hang on: there was no time, or somebody holds a row. For workers.';
@@ -173,7 +192,7 @@ END $$;
 COMMENT ON FUNCTION farm.build_ended() IS 'Trigger: tells the workers when a person has ended a build that others need.';
 
 CREATE OR REPLACE FUNCTION farm.build_queue_coalesce(builder text, coalesce_key text, newest bigint, priority integer, run_after timestamptz, needs bigint[], own text) RETURNS integer
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
 #variable_conflict use_variable
 DECLARE
     older farm.build_queue;

@@ -150,6 +150,11 @@ BEGIN
     RETURN coalesce(
         (SELECT 'an open transaction of ' || farm.build_session(l.pid) FROM farm.builds b JOIN pg_locks l ON l.transactionid = b.xmax
          WHERE b.id = $1 AND l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted LIMIT 1),
+        -- Written behind a savepoint, or in a function with an EXCEPTION block: the lock table does not tell whose the row is.
+        (SELECT 'an open transaction, perhaps of ' || string_agg(DISTINCT farm.build_session(l.pid), ' or ')
+         FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+         WHERE l.locktype = 'relation' AND l.granted AND l.pid <> pg_backend_pid() AND l.mode IN ('RowShareLock', 'RowExclusiveLock')
+           AND l.relation = (SELECT t.typrelid FROM pg_type t WHERE t.oid = pg_typeof(NULL::farm.builds)) AND a.application_name NOT LIKE 'buildreactor %'),
         'an open transaction');
 END $$;
 COMMENT ON FUNCTION farm.build_holder(bigint) IS 'Whose open transaction holds the row of a build in builds, in words.';

@@ -60,7 +60,13 @@ CREATE OR REPLACE FUNCTION farm.build_coalesce_lock(builder text, coalesce_key t
 DECLARE
     hash integer := hashtext(builder || ' ' || coalesce_key);
     holder text;
+    -- How many this transaction has tried: each takes room in the server's lock table, which is small and everybody's.
+    tries integer := coalesce(nullif(current_setting('buildreactor.coalesce_locks', true), ''), '0')::integer;
 BEGIN
+    IF tries >= 64 THEN
+        RETURN;
+    END IF;
+    PERFORM set_config('buildreactor.coalesce_locks', (tries + 1)::text, true);
     -- One INSERT of a key at a time, or two would not see each other's row. Somebody's open transaction may keep it for hours: those that
     -- were not seen are superseded by a daemon then (settle.sql). A statement of many rows waits once.
     FOR tried IN 0..CASE WHEN current_setting('buildreactor.coalesce', true) = 'waited' THEN 0 ELSE 40 END LOOP

@@ -151,7 +151,8 @@ COMMENT ON COLUMN farm.worker_status.grace IS 'How long it leaves a running buil
 
 CREATE OR REPLACE VIEW farm.queue_status AS
 WITH waiting AS (
-    SELECT q.build_id, q.builder, q.priority, q.run_after, q.ready, q.needs, b.queued_at, b.attempt, b.detail, b.cancel_requested_at,
+    SELECT q.build_id, q.builder, q.priority, q.run_after, q.ready, q.needs, b.queued_at, b.attempt, b.detail, q.xmax AS holder,
+           CASE WHEN b.cancel_requested_at IS NOT NULL OR EXISTS (SELECT FROM farm.build_cancels c WHERE c.build_id = b.id) THEN clock_timestamp() END AS cancel_requested_at,
            row_number() OVER (PARTITION BY q.builder ORDER BY q.ready DESC, q.priority DESC, q.build_id) AS position
     FROM farm.build_queue q JOIN farm.builds b ON b.id = q.build_id
     WHERE b.state <> 'running'
@@ -178,6 +179,10 @@ WITH waiting AS (
     LEFT JOIN live w ON w.status = 'active' AND r.labels <@ w.labels AND r.name ~ (
         SELECT '^(' || string_agg(replace(replace(replace(p, '.', '[.]'), '*', '.*'), '?', '.'), '|') || ')$' FROM unnest(w.builders) AS p)
     GROUP BY r.name
+), held AS MATERIALIZED (
+    -- Open transactions but claims: a claim that has begun nothing yet is about to.
+    SELECT l.transactionid, farm.build_session(l.pid) AS holder FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted AND a.application_name NOT LIKE 'buildreactor %'
 ), taken AS MATERIALIZED (
     SELECT kind, number, part, pid, ours, holder FROM farm.build_advisory_locks WHERE kind IN ('slot', 'unit')
 ), lock_use AS MATERIALIZED (
@@ -209,7 +214,9 @@ SELECT w.build_id,
             WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled: a worker removes it when it next looks'
             WHEN w.needs <> '{}' THEN 'needs ' || (
                 SELECT string_agg(format('#%s (%s)', n.id, CASE n.state WHEN 'described' THEN 'described, not queued' ELSE n.state::text END), ', ' ORDER BY n.id)
-                FROM farm.builds n WHERE n.id = ANY (w.needs))
+                FROM farm.builds n WHERE n.id = ANY (w.needs)) || CASE WHEN w.detail LIKE 'the database refuses to end it: %' THEN '; ' || w.detail ELSE '' END
+            WHEN EXISTS (SELECT FROM held h WHERE h.transactionid = w.holder) THEN 'its row in build_queue is held by an open transaction of '
+                || (SELECT min(h.holder) FROM held h WHERE h.transactionid = w.holder)
             WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL
                 THEN w.detail || '; next try at ' || to_char(w.run_after, 'HH24:MI:SS TZ')
             WHEN NOT w.ready THEN 'scheduled for ' || to_char(w.run_after, 'YYYY-MM-DD HH24:MI:SS TZ')

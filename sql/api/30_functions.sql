@@ -48,15 +48,12 @@ BEGIN
             RETURN 'cancelled';
         END IF;
     END IF;
-    UPDATE farm.builds b
-    SET cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
-    WHERE b.id = $1 AND b.state IN ('queued', 'running')
-    RETURNING b.* INTO build;
-    IF FOUND THEN
+    SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1;
+    IF build.state IN ('queued', 'running') THEN
+        INSERT INTO farm.build_cancels (build_id, reason) VALUES ($1, $2);
         PERFORM pg_notify('build_control', 'cancel');
         RETURN CASE build.state WHEN 'running' THEN 'its worker is told to stop it' ELSE 'it will be cancelled as soon as its row is free' END;
     END IF;
-    SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1;
     IF build.state = 'described' THEN
         UPDATE farm.builds b
         SET state = 'cancelled', queued_at = clock_timestamp(), finished_at = clock_timestamp(), detail = said,
@@ -75,6 +72,9 @@ CREATE OR REPLACE FUNCTION farm.cancel_build(id bigint, reason text DEFAULT NULL
 #variable_conflict use_variable
 BEGIN
     PERFORM farm.build_steered($1);
+    IF octet_length($2) > 10000 THEN
+        RAISE EXCEPTION 'the reason has % bytes; at most 10000', octet_length($2) USING ERRCODE = 'check_violation';
+    END IF;
     RETURN farm.build_cancel($1, $2, format('cancelled by %s', session_user) || coalesce(': ' || $2, ''));
 END $$;
 COMMENT ON FUNCTION farm.cancel_build(bigint, text) IS 'Cancels a build: at once while it waits; a running one is stopped by its worker within seconds. Says which. For who submitted it, and for operators.';
@@ -87,9 +87,46 @@ DECLARE
 BEGIN
     -- One that somebody holds is left for the next look.
     SELECT b.* INTO build FROM farm.builds b WHERE b.id = $1 AND b.cancel_requested_at IS NOT NULL FOR NO KEY UPDATE SKIP LOCKED;
-    RETURN CASE WHEN FOUND THEN farm.build_cancel($1, build.cancel_reason, concat_ws(': ', 'cancelled', build.cancel_reason)) END;
+    RETURN CASE WHEN FOUND THEN farm.build_cancel($1, build.cancel_reason, left(concat_ws(': ', 'cancelled', build.cancel_reason), 10000)) END;
 END $$;
 COMMENT ON FUNCTION farm.build_cancel_settle(bigint) IS 'Cancels a waiting build that somebody wanted cancelled while its row was locked. For workers, who may cancel nothing else.';
+
+CREATE OR REPLACE FUNCTION farm.build_settle_some(start bigint, most integer, OUT settled bigint, OUT next bigint)
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off AS $$
+#variable_conflict use_variable
+DECLARE
+    waiting record;
+    looked integer := 0;
+BEGIN
+    settled := 0;
+    -- What a trigger of somebody's refuses only at COMMIT is no matter of the other builds either.
+    SET CONSTRAINTS ALL IMMEDIATE;
+    FOR waiting IN
+        SELECT q.build_id, q.builder, q.coalesce_key, b.cancel_requested_at IS NOT NULL AS is_cancelled, b.id IS NOT NULL AS is_waiting,
+               q.coalesce_key IS NOT NULL AND EXISTS (SELECT FROM farm.build_queue o WHERE o.builder = q.builder AND o.coalesce_key = q.coalesce_key AND o.build_id < q.build_id) AS is_newer
+        FROM (SELECT w.build_id, w.builder, w.coalesce_key FROM farm.build_queue w WHERE w.build_id > coalesce(start, 0) ORDER BY w.build_id LIMIT most) q
+        LEFT JOIN farm.builds b ON b.id = q.build_id AND b.state = 'queued' AND (q.coalesce_key IS NOT NULL OR b.cancel_requested_at IS NOT NULL)
+        ORDER BY q.build_id
+    LOOP
+        looked := looked + 1;
+        next := waiting.build_id;
+        CONTINUE WHEN waiting.is_cancelled IS NOT TRUE AND NOT (waiting.is_newer AND waiting.is_waiting);
+        BEGIN
+            IF waiting.is_cancelled THEN
+                PERFORM farm.build_cancel_settle(waiting.build_id);
+            ELSE
+                PERFORM farm.build_queue_supersede(waiting.builder, waiting.coalesce_key, waiting.build_id);
+            END IF;
+            settled := settled + 1;
+        EXCEPTION WHEN OTHERS THEN
+            PERFORM farm.build_refused(waiting.build_id, SQLERRM);
+        END;
+    END LOOP;
+    IF looked < most THEN
+        next := NULL;
+    END IF;
+END $$;
+COMMENT ON FUNCTION farm.build_settle_some(bigint, integer) IS 'Cancels waiting builds that somebody wants cancelled, and supersedes those that a newer build takes the place of, from a build on; says how many were settled and where to go on. For workers.';
 
 CREATE OR REPLACE FUNCTION farm.retry_build(id bigint) RETURNS text
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
@@ -222,6 +259,7 @@ END $$;
 COMMENT ON FUNCTION farm.prune_builds(interval) IS E'Deletes a thousand finished builds older than this, or some more, with attempts and logs, and says how many. What other tables refer to stays; a notice names them. Call it until it says 0 (in psql: \\watch).';
 
 -- What triggers and daemons call works with the owner's rights, and asks nobody who they are.
-REVOKE EXECUTE ON FUNCTION farm.build_cancel_settle(bigint), farm.build_cancel(bigint, text, text) FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION farm.build_cancel_settle(bigint), farm.build_cancel(bigint, text, text),
+    farm.build_settle_some(bigint, integer) FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION farm.cancel_build(bigint, text), farm.retry_build(bigint), farm.prioritize_build(bigint, integer), farm.pause_builder(text, text),
     farm.resume_builder(text), farm.drain_worker(text), farm.prune_builds(interval) FROM PUBLIC;

@@ -27,7 +27,7 @@ BEGIN
         FROM pg_class s JOIN pg_depend d ON d.classid = 'pg_class'::regclass AND d.objid = s.oid AND d.deptype = 'i'
         JOIN pg_class c ON d.refclassid = 'pg_class'::regclass AND c.oid = d.refobjid JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
         WHERE s.relkind = 'S' AND s.relnamespace = ours
-          AND c.relname IN ('builds', 'builders', 'build_mail', 'build_subscriptions', 'build_locks', 'build_schedules', 'build_attempts', 'build_log', 'build_queue', 'workers')
+          AND c.relname IN ('build_cancels', 'builds', 'builders', 'build_mail', 'build_subscriptions', 'build_locks', 'build_schedules', 'build_attempts', 'build_log', 'build_queue', 'workers')
     LOOP
         EXECUTE object.statement;
     END LOOP;

@@ -19,3 +19,19 @@ ALTER TABLE builders
     ADD CONSTRAINT labels_and_locks_are_at_most_100_names_and_20000_bytes_each
         CHECK (cardinality(labels) <= 100 AND cardinality(locks) <= 100
                AND octet_length(array_to_string(labels, ',')) <= 20000 AND octet_length(array_to_string(locks, ',')) <= 20000) NOT VALID;
+
+-- A request to cancel a build that runs. A row of its own, because whoever asks may leave his transaction open: an UPDATE of builds would keep
+-- the result of that build from being recorded. No key but its own: two who ask for the same do not wait for each other.
+CREATE TABLE build_cancels (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    build_id     bigint      NOT NULL,
+    requested_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    reason       text,
+    CONSTRAINT a_cancel_is_about_a_build FOREIGN KEY (build_id) REFERENCES builds (id) ON DELETE CASCADE
+);
+CREATE INDEX build_cancels_of ON build_cancels (build_id);
+COMMENT ON TABLE build_cancels IS 'Requests to cancel builds whose row a worker holds: the next worker that looks moves them to builds.cancel_requested_at. Internal.';
+COMMENT ON COLUMN build_cancels.id IS 'Order of the requests.';
+COMMENT ON COLUMN build_cancels.build_id IS 'The build.';
+COMMENT ON COLUMN build_cancels.requested_at IS 'When somebody asked.';
+COMMENT ON COLUMN build_cancels.reason IS 'Why.';

@@ -32,7 +32,7 @@ WITH ended AS MATERIALIZED (
            CASE WHEN e.charged AND e.state IN ('error', 'lost') THEN least(power(2, t.broken), 300) ELSE 0 END AS delay_seconds,
            CASE
                WHEN b.cancel_requested_at IS NOT NULL AND (NOT e.charged OR e.state NOT IN ('passed', 'failed', 'timed_out', 'cancelled'))
-                   THEN concat_ws(': ', 'cancelled', nullif(b.cancel_reason, ''))
+                   THEN left(concat_ws(': ', 'cancelled', nullif(b.cancel_reason, '')), 10000)
                WHEN NOT e.charged OR e.state = 'cancelled' OR $14::boolean THEN e.detail
                WHEN e.state = 'lost' THEN concat_ws(': ', format('attempt %s of %s lost', t.broken + 1, r.max_attempts), e.detail)
                WHEN e.state = 'error' THEN concat_ws(': ', format('attempt %s of %s broke', t.broken + 1, r.max_attempts), e.detail)

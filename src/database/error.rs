@@ -154,6 +154,15 @@ impl DatabaseError {
         matches!(self, DatabaseError::Statement { .. }) && self.sqlstate().is_some() && !self.is_transient()
     }
 
+    /// Whether the server has answered a statement with an error that is not about the server itself: starting, stopping, out of room, read-only.
+    /// Somebody's trigger may raise any SQLSTATE, and another row may fare better.
+    pub fn is_an_answer(&self) -> bool {
+        matches!(self, DatabaseError::Statement { .. })
+            && self
+                .sqlstate()
+                .is_some_and(|code| !["08", "25", "53", "57", "58"].contains(&&code[..2]) || code == "57014")
+    }
+
     /// Whether such a refusal is about the data of the row: a value (class 22), a constraint (23), a limit of the program (54), or more
     /// memory than PostgreSQL gives a value (XX000).
     pub fn is_about_the_row(&self) -> bool {

@@ -27,6 +27,7 @@ statements! {
     ATTEMPT_REFUSED = "attempt_refused.sql";
     BEGIN_ATTEMPT = "begin_attempt.sql";
     BEGIN_REFUSAL = "begin_refusal.sql";
+    CANCELS_TAKE = "cancels_take.sql";
     CHARACTERS_FIT = "characters_fit.sql";
     CLAIM_AGAIN = "claim_again.sql";
     CLAIM_COUNT = "claim_count.sql";
@@ -446,13 +447,15 @@ impl Database {
     }
 
     /// Settles what hangs on builds that have `ended`; with `everything` also all waiting builds that their needs, a cancel or a newer
-    /// build have passed by. Comes back with whether there was anything to settle.
+    /// build have passed by: of a deep queue some 20,000 rows, `from` one on, and from there on the next time. Comes back with whether there was
+    /// anything to settle.
     ///
     /// # Errors
     /// Some were not settled; a later call with `everything` finds them.
-    pub async fn settle(&self, ended: &[BuildId], everything: bool) -> Result<bool> {
+    pub async fn settle(&self, ended: &[BuildId], everything: bool, from: &mut Option<i64>) -> Result<bool> {
         const STEP: &str = "settle waiting builds";
         const MOST: i32 = 1000;
+        const ROUNDS: usize = 20;
         /// How long one statement may hold what it has settled: nobody's cancel waits longer for it.
         const SECONDS: f64 = 0.2;
         // Another worker may hold a row for as long, having looked at it before ours ended.
@@ -461,8 +464,14 @@ impl Database {
         let mut settled = false;
         if everything {
             let session = self.work().await?;
-            let row = answered(STEP, session.query_one(&*self.schema.sql(SETTLE), &[&MOST])).await?;
-            settled = row.get::<_, i64>("settled") > 0;
+            for _ in 0..ROUNDS {
+                let row = answered(STEP, session.query_one(&*self.schema.sql(SETTLE), &[&*from, &MOST])).await?;
+                settled |= row.get::<_, i64>("settled") > 0;
+                *from = row.get("next");
+                if from.is_none() {
+                    break;
+                }
+            }
             let row = answered(STEP, session.query_one(&*self.schema.sql(SETTLE_NEEDS), &[&MOST])).await?;
             ended.extend(row.get::<_, Vec<i64>>("ended"));
         }

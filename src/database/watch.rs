@@ -147,6 +147,7 @@ struct Prepared {
     new: Statement,
     unlocked: Statement,
     mine: Statement,
+    cancels_take: Statement,
     cancels: Statement,
     askers: Statement,
     promote: Statement,
@@ -217,6 +218,7 @@ impl Watch {
                 new: client.prepare(&schema.sql(queries::LOOK_NEW)).await?,
                 unlocked: client.prepare(&schema.sql(queries::LOOK_UNLOCKED)).await?,
                 mine: client.prepare(&schema.sql(queries::LOOK_MINE)).await?,
+                cancels_take: client.prepare(&schema.sql(queries::CANCELS_TAKE)).await?,
                 cancels: client.prepare(&schema.sql(queries::LOOK_CANCELS)).await?,
                 askers: client.prepare(&schema.sql(queries::LOOK_ASKERS)).await?,
                 promote: client.prepare(&schema.sql(queries::PROMOTE_DUE)).await?,
@@ -224,7 +226,7 @@ impl Watch {
             })
         })
         .await?;
-        let watch = Watch { client, prepared, gone, listener: listener, _drivers: [driver, listening] };
+        let watch = Watch { client, prepared, gone, listener, _drivers: [driver, listening] };
         const NAME: &str = "SELECT pg_try_advisory_lock($1, hashtext($2))";
         let name = answered(STEP, watch.client.query_one(NAME, &[&keys::NAME, &worker])).await?;
         if !name.get::<_, bool>(0) {
@@ -330,6 +332,7 @@ impl Watch {
     /// # Errors
     /// The connection should be given up.
     pub async fn cancels(&self, worker: &str) -> Result<Vec<(AttemptId, String)>> {
+        answered("take requests to cancel", self.client.execute(&self.prepared.cancels_take, &[])).await?;
         let rows = answered("look for cancelled builds", self.client.query(&self.prepared.cancels, &[&worker])).await?;
         Ok(rows
             .iter()

@@ -151,7 +151,7 @@ pub async fn attempt(
             let why = format!("its row in builds is held by {by}");
             return put_back(claim, Done::Held { build, why, pause: HELD }).await;
         }
-        Err(error) if error.is_refusal() => return refused(shared, claim, builder, build, &error).await,
+        Err(error) if error.is_an_answer() => return refused(shared, claim, builder, build, &error).await,
         // Then the reactor finds it, and takes it over.
         Err(error) => return Done::Failed { error, in_doubt: true },
     };
@@ -207,5 +207,6 @@ async fn refused(shared: &Shared, mut claim: Claim, builder: &Builder, build: Bu
             Err(error) => return Done::Failed { error, in_doubt: false },
         }
     }
-    put_back(claim, Done::Held { build, why, pause: REFUSED }).await
+    let pause = if error.is_transient() { HELD } else { REFUSED };
+    put_back(claim, Done::Held { build, why, pause }).await
 }

@@ -61,6 +61,8 @@ impl Candidates {
     pub fn add(&mut self, found: Vec<Candidate>) {
         for candidate in found {
             self.remove(candidate.build);
+            // Whoever held it has let it go.
+            self.aside.remove(&candidate.build);
             self.insert(candidate);
         }
     }

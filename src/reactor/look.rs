@@ -33,7 +33,12 @@ impl Reactor {
             let mine: Vec<Builder> =
                 builders.into_iter().filter(|builder| patterns.iter().any(|p| matches(p, &builder.name))).collect();
             // A new builder's rows were passed over by every look before.
-            everything |= mine != self.builders;
+            if mine != self.builders {
+                everything = true;
+                // Nor were they settled: what is superseded is not to be begun.
+                self.has_settled = false;
+                self.timers.settle = now;
+            }
             self.builders = mine;
         }
         if everything || self.timers.due.is_some_and(|due| now >= due) {

@@ -182,7 +182,7 @@ struct Active {
 enum Finished {
     Attempt(String, Done),
     Recovery(AttemptId, Result<Option<Recorded>, DatabaseError>),
-    Settled(Result<bool, DatabaseError>),
+    Settled(Result<bool, DatabaseError>, Option<i64>),
     Schedules(Result<Tended, DatabaseError>),
 }
 
@@ -426,11 +426,17 @@ impl Reactor {
                     Ok(Some(recorded)) => self.follow(id.build, &recorded),
                     Ok(None) => {}
                     Err(error) => {
-                        tracing::warn!(build.id = %id.build, "cannot take over build {id} yet: {}", Chain(&error))
+                        // Not at each try.
+                        if self
+                            .unready
+                            .insert_build(id.build, format!("it cannot be taken over yet: {}", Chain(&error)))
+                        {
+                            tracing::warn!(build.id = %id.build, "cannot take over build {id} yet: {}", Chain(&error));
+                        }
                     }
                 }
             }
-            Ok(Finished::Settled(result)) => self.settled(result),
+            Ok(Finished::Settled(result, from)) => self.settled(result, from),
             Ok(Finished::Schedules(result)) => self.schedules_tended(result),
             Err(error) => {
                 // What it held is unknown: start from what the database says, as after a crash.
@@ -467,7 +473,11 @@ impl Reactor {
             }
             Done::RowsGone(builds) => {
                 self.claimed(builder);
-                self.forget(&builds);
+                // Those that somebody holds would come back with the next look, and be offered again and again before those behind them.
+                let until = Instant::now() + AFTER_ROWS_GONE;
+                for build in builds {
+                    self.candidates.set_aside(build, until);
+                }
                 // Some may only have been locked for a moment; nothing else would bring them back before the poll.
                 self.look_again_within(AFTER_ROWS_GONE);
             }

@@ -14,6 +14,8 @@ pub(super) struct Settling {
     /// Builds that have ended and that others hang on.
     pub(super) ended: Vec<BuildId>,
     pub(super) everything: bool,
+    /// Where the next look at everything begins in a deep queue.
+    pub(super) from: Option<i64>,
 }
 
 impl Reactor {
@@ -31,8 +33,12 @@ impl Reactor {
         }
         settling.under_way = true;
         let (ended, everything) = (std::mem::take(&mut settling.ended), std::mem::take(&mut settling.everything));
+        let mut from = settling.from;
         let shared = Arc::clone(&self.shared);
-        self.tasks.spawn(async move { Finished::Settled(shared.database.settle(&ended, everything).await) });
+        self.tasks.spawn(async move {
+            let result = shared.database.settle(&ended, everything, &mut from).await;
+            Finished::Settled(result, from)
+        });
     }
 
     /// What follows from a result that was recorded: of this build, and of those that hang on it.
@@ -45,7 +51,8 @@ impl Reactor {
     }
 
     /// A task that settled has ended.
-    pub(super) fn settled(&mut self, result: Result<bool, DatabaseError>) {
+    pub(super) fn settled(&mut self, result: Result<bool, DatabaseError>, from: Option<i64>) {
+        self.settling.from = from;
         self.settling.under_way = false;
         self.has_settled = true;
         match result {

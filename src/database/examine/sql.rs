@@ -28,7 +28,7 @@ pub(super) const PRIVILEGES: &str = "
     ), lacking AS (
         SELECT format('%I.%I', h.nspname, c.relname) AS object, array_to_string(ARRAY(
             SELECT p FROM unnest(string_to_array(w.wanted, ', ')) AS p WHERE NOT has_table_privilege(c.oid, p)), ', ') AS missing
-        FROM (VALUES ('build_schema_history', 'SELECT'), ('build_advisory_locks', 'SELECT'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE' || CASE WHEN $2 THEN ', DELETE' ELSE '' END),
+        FROM (VALUES ('build_schema_history', 'SELECT'), ('build_advisory_locks', 'SELECT'), ('build_cancels', 'SELECT, UPDATE, DELETE'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE' || CASE WHEN $2 THEN ', DELETE' ELSE '' END),
                      ('build_queue', 'SELECT, INSERT, UPDATE, DELETE'), ('build_schedules', 'SELECT, UPDATE'), ('build_mail', 'SELECT, UPDATE'), ('build_attempts', 'SELECT, INSERT, UPDATE'), ('build_steps', 'SELECT, INSERT, UPDATE'),
                      ('build_log', 'SELECT, INSERT, UPDATE, DELETE'), ('workers', 'SELECT, INSERT, UPDATE')) AS w (name, wanted)
         CROSS JOIN home h JOIN pg_class c ON c.relname = w.name AND c.relnamespace = h.oid
@@ -38,7 +38,7 @@ pub(super) const PRIVILEGES: &str = "
         WHERE NOT has_function_privilege(p.oid, 'EXECUTE')
           AND (p.oid = 'pg_notify(text, text)'::regprocedure
                OR (p.pronamespace = h.oid
-                   AND (p.provolatile = 'i' OR p.proname IN ('build_needs_settle', 'build_needs_follow', 'build_holder', 'build_session', 'build_queue_supersede', 'build_cancel_settle')
+                   AND (p.provolatile = 'i' OR p.proname IN ('build_needs_settle', 'build_needs_follow', 'build_settle_some', 'build_holder', 'build_session', 'build_queue_supersede', 'build_cancel_settle')
                         OR (p.proname = 'build_prune' AND $2))))
     )
     SELECT current_user::text AS role, object, missing, format('GRANT %s ON %s TO %I;', missing, object, current_user) AS remedy
