@@ -29,7 +29,7 @@ pub(super) const PRIVILEGES: &str = "
             SELECT p FROM unnest(string_to_array(w.wanted, ', ')) AS p WHERE NOT has_table_privilege(c.oid, p)), ', ') AS missing
         FROM (VALUES ('build_schema_history', 'SELECT'), ('builders', 'SELECT'), ('build_locks', 'SELECT'), ('builds', 'SELECT, UPDATE' || CASE WHEN $1 THEN ', DELETE' ELSE '' END),
                      ('build_queue', 'SELECT, INSERT, UPDATE, DELETE'), ('build_schedules', 'SELECT, UPDATE'), ('build_mail', 'SELECT, UPDATE'), ('build_attempts', 'SELECT, INSERT, UPDATE'), ('build_steps', 'SELECT, INSERT, UPDATE'),
-                     ('build_log', 'SELECT, INSERT, UPDATE, DELETE'), ('workers', 'SELECT, INSERT, UPDATE')) AS w (name, wanted)
+                     ('build_log', 'SELECT, INSERT, UPDATE, DELETE'), ('workers', 'SELECT, INSERT, UPDATE'), ('build_advisory_locks', 'SELECT')) AS w (name, wanted)
         JOIN pg_class c ON c.oid = to_regclass(w.name) JOIN pg_namespace n ON n.oid = c.relnamespace
         UNION ALL
         SELECT 'FUNCTION ' || f::text, 'EXECUTE'
