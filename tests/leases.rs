@@ -513,10 +513,10 @@ async fn a_claim_is_taken_again_for_the_attempt_that_was_started_and_no_other_of
     db.execute(&format!("INSERT INTO build_attempts (build_id, attempt, worker, slot, builder, started_at) VALUES ({id}, 1, 'w', 1, 'b', 'epoch')")).await;
     let session = db.session().await;
     for (started_us, ours) in [(1_i64, false), (0, true)] {
-        let count = include_str!("../sql/queries/claim_count.sql");
-        assert_eq!(session.query_opt(count, &[&id, &1_i32, &started_us]).await.unwrap().is_some(), ours);
-        let state = include_str!("../sql/queries/attempt_state.sql");
-        assert_eq!(session.query_opt(state, &[&id, &1_i32, &started_us]).await.unwrap().is_some(), ours);
+        let count = include_str!("../sql/queries/claim_count.sql").replace("farm.", "");
+        assert_eq!(session.query_opt(&count, &[&id, &1_i32, &started_us, &40.0, &40.0]).await.unwrap().is_some(), ours);
+        let state = include_str!("../sql/queries/attempt_state.sql").replace("farm.", "");
+        assert_eq!(session.query_opt(&state, &[&id, &1_i32, &started_us]).await.unwrap().is_some(), ours);
     }
     assert_eq!(db.one::<i32>("SELECT claims FROM build_attempts").await, 2, "counted once");
 }

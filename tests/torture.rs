@@ -297,8 +297,9 @@ async fn nothing_is_lost_and_nothing_runs_twice_whatever_breaks() {
     let offset = wall_us() - i64::try_from(boottime().as_micros()).unwrap();
     let summary = verdict::check(&mut sql, &trace, offset, &feeder.cancelled, &torturer, &mut problems).await;
     println!(
-        "{} faults, {drained:.1?} until the last build, {left:.1?} until all had left, {:.1?} in all; {summary}",
+        "{} faults, {} rows held by people, {drained:.1?} until the last build, {left:.1?} until all had left, {:.1?} in all; {summary}",
         torturer.faults(),
+        torturer.held(),
         began.elapsed()
     );
     if keep {

@@ -154,6 +154,10 @@ impl Torturer {
         self.done
     }
 
+    pub fn held(&self) -> usize {
+        self.holds.held()
+    }
+
     pub fn supervise(&mut self) {
         for worker in &mut self.workers {
             worker.supervise(&mut self.timeline);

@@ -1,6 +1,8 @@
 //! Open transactions of people: each holds a row of a build that waits or runs for some seconds, in one of the ways in which a submitter or an
 //! application with columns of its own does. Nothing may be lost by it, or run twice; a result may be late by the hold.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio_postgres::NoTls;
@@ -22,11 +24,12 @@ const WAYS: [&str; 8] = [
 pub struct Holds {
     url: String,
     open: tokio::task::JoinSet<()>,
+    held: Arc<AtomicUsize>,
 }
 
 impl Holds {
     pub fn new(url: String) -> Holds {
-        Holds { url, open: tokio::task::JoinSet::new() }
+        Holds { url, open: tokio::task::JoinSet::new(), held: Arc::default() }
     }
 
     /// Opens one for `time`; comes back with what it does. `drawn`: what decides about it.
@@ -35,12 +38,17 @@ impl Holds {
         let last = ["COMMIT", "ROLLBACK", ""][usize::try_from(drawn / 8 % 3).unwrap()];
         // One of those at the head, running ones among them.
         let place = drawn / 64 % 12;
-        let url = self.url.clone();
+        let (url, held) = (self.url.clone(), Arc::clone(&self.held));
         while self.open.try_join_next().is_some() {}
         // A server that is being restarted ends it, as it would a person's.
-        self.open.spawn(async move { drop(hold(&url, way, place, time, last).await) });
+        self.open.spawn(async move { drop(hold(&url, &held, way, place, time, last).await) });
         let end = if last.is_empty() { "no word" } else { last };
         format!("a person holds a row for {time:.1?}, then {end}: {way}")
+    }
+
+    /// How many did get a row.
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
     }
 
     pub fn end(&mut self) {
@@ -48,7 +56,14 @@ impl Holds {
     }
 }
 
-async fn hold(url: &str, way: &str, place: u64, time: Duration, last: &str) -> Result<(), tokio_postgres::Error> {
+async fn hold(
+    url: &str,
+    held: &AtomicUsize,
+    way: &str,
+    place: u64,
+    time: Duration,
+    last: &str,
+) -> Result<(), tokio_postgres::Error> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
     drop(tokio::task::spawn(connection));
     client.batch_execute("SET statement_timeout = '3s'; BEGIN").await?;
@@ -66,6 +81,7 @@ async fn hold(url: &str, way: &str, place: u64, time: Duration, last: &str) -> R
         }
     }
     client.batch_execute(&way.replace("ID", &id.to_string())).await?;
+    held.fetch_add(1, Ordering::Relaxed);
     tokio::time::sleep(time).await;
     if !last.is_empty() {
         client.batch_execute(last).await?;
