@@ -229,10 +229,7 @@ async fn a_running_build_is_never_superseded_and_the_newest_change_is_built() {
     db.execute(insert).await;
     db.execute("INSERT INTO build_queue (builder, coalesce_key) VALUES ('b', 'other')").await;
     assert_eq!(states(&db).await, "1 running, 2 superseded, 3 queued, 4 queued, 5 queued");
-    assert_eq!(
-        db.one::<String>("SELECT waiting_because FROM queue_status WHERE build_id = 3").await,
-        "needs #4 (queued)"
-    );
+    db.wait("SELECT waiting_because = 'needs #4 (queued)' FROM queue_status WHERE build_id = 3").await;
     std::fs::write(&gate, "").unwrap();
     db.wait("SELECT count(*) = 0 FROM build_queue").await;
     assert_eq!(states(&db).await, "1 passed, 2 superseded, 3 passed, 4 passed, 5 passed");
