@@ -20,7 +20,7 @@ async fn every_text_that_a_person_writes_has_a_limit_that_is_named() {
         ("INSERT INTO build_queue (builder, reason) VALUES ('linux', repeat('r', 27000000))", "at_most_64_kib"),
         ("INSERT INTO builds (builder, reason) VALUES ('linux', repeat('ü', 33000))", "at_most_64_kib"),
         ("UPDATE build_queue SET reason = repeat('r', 100000) WHERE build_id = 1", "at_most_64_kib"),
-        ("SELECT cancel_build(1, repeat('r', 100000))", "at_most_64_kib"),
+        ("SELECT cancel_build(1, repeat('r', 100000))", "the reason has 100000 bytes; at most 10000"),
         (
             "INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', repeat('k', 1001))",
             "coalesce_key has 1001 bytes; at most 1000",
