@@ -132,7 +132,7 @@ async fn a_result_that_waits_for_an_open_transaction_is_named_and_recorded_after
     db.wait("SELECT count(*) = 1 FROM running_builds").await;
     let open = db.session().await;
     open.batch_execute(&format!(
-        "SET application_name = 'notebook'; BEGIN; SELECT FROM builds WHERE id = {build} FOR UPDATE"
+        "SET application_name = 'notebook'; BEGIN; UPDATE builds SET reason = 'mine' WHERE id = {build}"
     ))
     .await
     .unwrap();
