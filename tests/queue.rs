@@ -149,7 +149,8 @@ async fn two_needs_that_end_at_the_same_instant_release_their_build_once() {
         assert_eq!(
             db.one::<i64>(&format!("SELECT count(*) FROM released WHERE build_id = {needy}")).await,
             1,
-            "round {n}"
+            "round {n}: {:?}",
+            db.all::<String>(&format!("SELECT concat_ws(' ', q::text, b.detail) FROM build_queue q JOIN builds b ON b.id = q.build_id WHERE q.build_id = {needy}")).await
         );
         db.execute("SET buildreactor.session = 'daemon'; DELETE FROM build_queue; RESET buildreactor.session").await;
     }

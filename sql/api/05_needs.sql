@@ -91,7 +91,9 @@ BEGIN
         RETURN;
     END IF;
     open_needs := farm.build_needs_open(row.needs);
-    SELECT b.* INTO broken FROM farm.builds b WHERE b.id = ANY (open_needs) AND farm.build_state_is_final(b.state) ORDER BY b.id LIMIT 1;
+    -- One may have passed, or been superseded, since the statement before: it is settled by whoever ended it.
+    SELECT b.* INTO broken FROM farm.builds b
+    WHERE b.id = ANY (open_needs) AND farm.build_state_is_final(b.state) AND b.state NOT IN ('passed', 'superseded') ORDER BY b.id LIMIT 1;
     IF FOUND THEN
         PERFORM FROM farm.builds b WHERE b.id = waiting AND b.state IN ('described', 'queued') FOR NO KEY UPDATE SKIP LOCKED;
         -- Not one that has begun, against all expectation: its result finds its row by it.
