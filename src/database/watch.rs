@@ -227,7 +227,7 @@ impl Watch {
             })
         })
         .await?;
-        let watch = Watch { client, prepared, gone, listener: listener, _drivers: [driver, listening] };
+        let watch = Watch { client, prepared, gone, listener, _drivers: [driver, listening] };
         const NAME: &str = "SELECT pg_try_advisory_lock($1, hashtext($2))";
         let name = answered(STEP, watch.client.query_one(NAME, &[&NAME_LOCK_CLASS, &worker])).await?;
         if !name.get::<_, bool>(0) {
