@@ -243,23 +243,23 @@ async fn endless_master(start: &'static str, more: &'static str) -> (u16, Arc<At
     let counted = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&counted);
     drop(tokio::task::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
+        while let Ok((stream, _)) = listener.accept().await {
             let counter = Arc::clone(&counter);
-            drop(tokio::task::spawn(async move {
-                let mut question = [0; 4096];
-                stream.read(&mut question).await?;
-                stream.write_all(start.as_bytes()).await?;
-                let much = more.repeat((1 << 20) / more.len());
-                loop {
-                    stream.write_all(much.as_bytes()).await?;
-                    counter.fetch_add(much.len() as u64, Ordering::Relaxed);
-                }
-                #[allow(unreachable_code, reason = "its type")]
-                std::io::Result::Ok(())
-            }));
+            drop(tokio::task::spawn(async move { answer_for_ever(stream, start, more, &counter).await }));
         }
     }));
     (port, counted)
+}
+
+async fn answer_for_ever(mut stream: TcpStream, start: &str, more: &str, sent: &AtomicU64) -> Option<()> {
+    let mut question = [0; 4096];
+    let _asked = stream.read(&mut question).await.ok()?;
+    stream.write_all(start.as_bytes()).await.ok()?;
+    let much = more.repeat((1 << 20) / more.len());
+    loop {
+        stream.write_all(much.as_bytes()).await.ok()?;
+        sent.fetch_add(much.len() as u64, Ordering::Relaxed);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
