@@ -23,9 +23,11 @@ use self::worker::Worker;
 use crate::support::dice::Random;
 use crate::support::{processes_of, temp_dir};
 
-/// `[lease] lease` of the workers, seconds: at first, and what they are restarted with.
+/// `[lease] lease` of the workers, seconds: at first, and what they are restarted with. The last is longer than what others with the first
+/// have as their grace.
 const LEASES: [u64; 3] = [3, 4, 6];
-const OTHER_LEASES: [u64; 4] = [3, 5, 8, 12];
+const OTHER_LEASES: [u64; 4] = [3, 5, 24, 24];
+const LONGEST: Duration = Duration::from_secs(24);
 /// Their grace is longer by this.
 const BEYOND: Duration = Duration::from_secs(11);
 /// A lease, and grace after it, as most of them are.

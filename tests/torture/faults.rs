@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 
 use super::holds::Holds;
 use super::worker::{Condition, Worker};
-use super::{BEYOND, GRACE, LEASE, OTHER_LEASES, Sql, Timeline, builds_alive, clock};
+use super::{BEYOND, GRACE, LEASE, LONGEST, OTHER_LEASES, Sql, Timeline, builds_alive, clock};
 use crate::support::dice::Random;
 use crate::support::proxy::{Break, Mood};
 
@@ -110,6 +110,8 @@ enum Later {
     /// The second half of an [`Fault::Ambush`] by this worker.
     Spring(usize),
     Thaw(i32),
+    /// After an [`Fault::OtherLease`] with a long one: [`Fault::KillForLong`].
+    Lose(usize),
 }
 
 pub struct Torturer {
@@ -239,6 +241,23 @@ impl Torturer {
                     self.let_go(&others);
                 }
             }
+            Later::Lose(n) => {
+                let away = self.patience(None) + Duration::from_millis(2500);
+                let up = |m: &usize| self.workers[*m].condition == Condition::Up && !self.workers[*m].alone;
+                // Who has least patience is to see it, undisturbed.
+                let watcher =
+                    (0..self.workers.len()).filter(|m| *m != n && up(m)).min_by_key(|m| self.workers[*m].lease);
+                if let (true, true, Some(watcher)) = (up(&n), self.spared != Some(n), watcher) {
+                    self.workers[n].kill(away);
+                    self.workers[n].alone = true;
+                    self.spared = Some(watcher);
+                    self.turn_ends = Instant::now() + LONGEST + Duration::from_secs(2);
+                    let (name, sees) = (&self.workers[n].name, &self.workers[watcher].name);
+                    self.timeline.note(format!(
+                        "and {name} is gone, back in {away:.1?}; {sees} is spared until its lease is over"
+                    ));
+                }
+            }
             Later::Thaw(pid) => {
                 let _gone = kill(Pid::from_raw(pid), Signal::SIGCONT);
                 self.timeline.note(format!("guardian {pid} goes on"));
@@ -339,7 +358,7 @@ impl Torturer {
         let (any, spell, away) = (self.any(Some(fault)), self.spell(), self.away());
         let chance = self.random.next();
         let Some(mut n) = any else { return };
-        if matches!(fault, Fault::KillForLong | Fault::FreezeForLong) {
+        if matches!(fault, Fault::KillForLong | Fault::FreezeForLong | Fault::OtherLease) {
             match self.busiest().await {
                 Some(busiest) => n = busiest,
                 // Its time will come.
@@ -446,6 +465,9 @@ impl Torturer {
                 worker.kill(Duration::ZERO);
                 self.timeline.note(format!("kill -9 of {name}, back with {lease} s instead of {:?}", worker.lease));
                 worker.lease = Duration::from_secs(lease);
+                if worker.lease == LONGEST {
+                    self.later.push((Instant::now() + Duration::from_secs(3), Later::Lose(n)));
+                }
             }
             // The one that was meant is down already.
             Fault::Kill
