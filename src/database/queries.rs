@@ -418,10 +418,13 @@ impl Database {
         const STEP: &str = "report this worker";
         let detail = self.fit_optional(detail).await?;
         let unready = tokio_postgres::types::Json(self.fit_json(unready).await?);
-        let session = self.work().await?;
+        let mut session = self.work().await?;
+        let transaction = answered(STEP, session.transaction()).await?;
+        // Its look at the queue waits for this: an operator may leave a drain_worker open.
+        answered(STEP, transaction.batch_execute("SET LOCAL lock_timeout = '1s'")).await?;
         let row = answered(
             STEP,
-            session.query_one(
+            transaction.query_one(
                 &*self.schema.sql(WORKER_HELLO),
                 &[
                     &hello.name,
@@ -443,6 +446,7 @@ impl Database {
             ),
         )
         .await?;
+        answered(STEP, transaction.commit()).await?;
         Ok(Heard { others: row.get("others"), drain: row.get::<_, Option<bool>>("drain").unwrap_or(false) })
     }
 

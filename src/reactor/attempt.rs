@@ -64,7 +64,7 @@ impl Stop {
 /// Goes on with an attempt that this worker was running when its last daemon left, or that began here without an answer.
 ///
 /// # Cancel safety
-/// Not safe, as [`attempt`].
+/// Not safe, as [`super::begin::attempt`].
 pub async fn adopt(shared: &Shared, job: Job, hand: Hand, stop: Stop) -> Done {
     Attempt::new(shared, job, hand, Pulse::now(), stop, None).run(Begin::Adopt).await
 }
