@@ -203,6 +203,8 @@ BEGIN
     FOR older IN
         SELECT q.* FROM farm.build_queue q
         WHERE q.builder = $1 AND q.coalesce_key = $2 AND q.build_id <> $3
+          -- A worker tells what is newer by the number; an INSERT is newer than all that it sees.
+          AND (own IS NOT NULL OR q.build_id < $3)
           -- The newest must not start later than what it replaces: not for its time, nor for builds that it alone needs. But a role may put off
           -- what it has put off itself: each push then waits anew for some quiet minutes.
           AND (coalesce($5, '-infinity') <= greatest(coalesce(q.run_after, '-infinity'), clock_timestamp())

@@ -67,6 +67,11 @@ impl Candidates {
         }
     }
 
+    /// When all that is passed over now may be tried again.
+    pub fn aside_until(&self) -> Option<Instant> {
+        self.aside.values().max().copied()
+    }
+
     /// Whether a build is passed over.
     pub fn is_aside(&self, build: BuildId) -> bool {
         self.aside.contains_key(&build)
