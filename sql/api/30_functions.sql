@@ -103,7 +103,10 @@ BEGIN
     SET CONSTRAINTS ALL IMMEDIATE;
     FOR waiting IN
         SELECT q.build_id, q.builder, q.coalesce_key, b.cancel_requested_at IS NOT NULL AS is_cancelled, b.id IS NOT NULL AS is_waiting,
-               q.coalesce_key IS NOT NULL AND EXISTS (SELECT FROM farm.build_queue o WHERE o.builder = q.builder AND o.coalesce_key = q.coalesce_key AND o.build_id < q.build_id) AS is_newer
+               q.coalesce_key IS NOT NULL AND EXISTS (
+                   -- Than one that waits: looking beside one that runs would lock this row for nothing, and an INSERT passes a locked row over.
+                   SELECT FROM farm.build_queue o JOIN farm.builds w ON w.id = o.build_id AND w.state = 'queued'
+                   WHERE o.builder = q.builder AND o.coalesce_key = q.coalesce_key AND o.build_id < q.build_id) AS is_newer
         FROM (SELECT w.build_id, w.builder, w.coalesce_key FROM farm.build_queue w WHERE w.build_id > coalesce(start, 0) ORDER BY w.build_id LIMIT most) q
         LEFT JOIN farm.builds b ON b.id = q.build_id AND b.state = 'queued' AND (q.coalesce_key IS NOT NULL OR b.cancel_requested_at IS NOT NULL)
         ORDER BY q.build_id
