@@ -1,7 +1,7 @@
 -- Builds that need others, and builds that take the place of others.
 --
 -- A result never waits for what hangs on it, and can't fail because of it: no trigger of builds looks at the queue. A worker settles what
--- hangs on a build right after the COMMIT that ended it, level by level; what it misses is found at each poll.
+-- hangs on a build right after the COMMIT that ended the build, level by level. Each poll finds the builds that this look missed.
 -- SET enable_seqscan = off: 10,000 rows of one INSERT are in no statistics, and would be read whole for each of them.
 
 CREATE OR REPLACE FUNCTION farm.build_needs_known(needs bigint[]) RETURNS bigint[]
@@ -96,7 +96,7 @@ BEGIN
     WHERE b.id = ANY (open_needs) AND farm.build_state_is_final(b.state) AND b.state NOT IN ('passed', 'superseded') ORDER BY b.id LIMIT 1;
     IF FOUND THEN
         PERFORM FROM farm.builds b WHERE b.id = waiting AND b.state IN ('described', 'queued') FOR NO KEY UPDATE SKIP LOCKED;
-        -- Not one that has begun, against all expectation: its result finds its row by it.
+        -- A build that has begun in spite of its needs is left alone: its result looks up the queue row.
         IF NOT FOUND THEN
             RETURN;
         END IF;
@@ -139,7 +139,7 @@ BEGIN
     left_over := '{}';
     -- What a trigger of somebody's refuses only at COMMIT is no matter of the other builds either.
     SET CONSTRAINTS ALL IMMEDIATE;
-    -- A hundred at a time: the array that is looked for stays short, whatever the shape.
+    -- The loop takes a hundred ended builds at a time, so that each search in the index has few keys whatever the shape of the needs.
     WHILE ended <> '{}' LOOP
         batch := ended[1:100];
         is_stuck := false;
@@ -148,7 +148,7 @@ BEGIN
             CROSS JOIN LATERAL (SELECT w.build_id FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[e.id]) q
             ORDER BY q.build_id
         LOOP
-            -- At least one: a new session takes as long to plan these statements.
+            -- At least one build is settled in each call: a new session may need all the time to plan these statements.
             IF settled > 0 AND clock_timestamp() > stop_at THEN
                 left_over := left_over || ended;
                 RETURN;
@@ -162,7 +162,7 @@ BEGIN
                 PERFORM farm.build_refused(waiting, SQLERRM);
             END;
             CONTINUE WHEN is_refused;
-            -- By its key alone: the index on needs would be walked for all that name the same build.
+            -- The row is looked up by its primary key alone: the index on needs would be walked for all rows that name the same build.
             SELECT q.needs INTO names FROM farm.build_queue q WHERE q.build_id = waiting;
             IF names && batch THEN
                 is_stuck := true;
@@ -228,7 +228,7 @@ BEGIN
                 detail = (SELECT concat_ws(' of ', 'superseded by build ' || newest, nullif(n.queued_by, b.submitted_by)) FROM farm.builds n WHERE n.id = newest)
             WHERE b.id = older.build_id;
             DELETE FROM farm.build_queue q WHERE q.build_id = older.build_id;
-            -- Nor for want of a priority that somebody has given.
+            -- The newest build keeps the highest priority that somebody gave to one of them.
             priority := greatest(priority, older.priority);
         END IF;
     END LOOP;
@@ -244,7 +244,7 @@ DECLARE
     best integer;
 BEGIN
     SELECT * INTO new FROM farm.build_queue q WHERE q.build_id = newest AND q.coalesce_key = $2 FOR UPDATE SKIP LOCKED;
-    -- One that is claimed has begun: what waits beside it is newer, or as good.
+    -- A claimed row belongs to a build that has begun. The builds that wait beside it are left to a later look.
     IF FOUND THEN
         best := farm.build_queue_coalesce(new.builder, new.coalesce_key, newest, new.priority, new.run_after, new.needs, NULL);
         IF best > new.priority THEN

@@ -97,7 +97,7 @@ BEGIN
         RAISE EXCEPTION 'build % has its properties, reason and notify in builds already', build.id USING
             ERRCODE = 'check_violation', HINT = 'UPDATE builds SET ... WHERE id = ' || build.id || '; then queue it without them.';
     END IF;
-    -- Whatever this statement waits for from here on belongs to somebody else's open transaction. build_queue_asked puts it back.
+    -- From here on this statement can wait for nothing but somebody else's open transaction. build_queue_asked restores lock_timeout.
     PERFORM farm.build_wait_briefly('1s');
     -- Queued or running already: the primary key refuses the row, so that ON CONFLICT DO NOTHING works too.
     IF build.state IN ('queued', 'running') THEN
@@ -170,7 +170,8 @@ CREATE OR REPLACE FUNCTION farm.build_wait_briefly(longest text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    -- For each statement that waits briefly, the innermost first: DEPTH:lock_timeout from before, parted by commas.
+    -- A list with an entry for each statement that waits briefly, the innermost first: its trigger depth, a colon, and the lock_timeout
+    -- from before that statement. Commas separate the entries.
     kept text := coalesce(current_setting('buildreactor.lock_timeout', true), '');
 BEGIN
     IF split_part(kept, ':', 1) <> pg_trigger_depth()::text THEN
