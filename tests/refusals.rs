@@ -7,6 +7,10 @@ const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 /// A trigger function of somebody's own that refuses.
 const NO: &str = "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''not on a %'', to_char(now(), ''FMDay''); END'";
 
+/// Trigger functions that drop a write, and undo it.
+const DROPS: &str = "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+    CREATE FUNCTION old() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN OLD; END'";
+
 #[tokio::test]
 async fn every_text_that_a_person_writes_has_a_limit_that_is_named() {
     let db = Db::new().await;
@@ -183,6 +187,145 @@ async fn a_result_that_is_refused_is_said_and_recorded_once_it_is_allowed() {
         assert_eq!(std::fs::read_to_string(folder.path().join("ran")).unwrap(), "ran\n", "it ran once");
         daemon.stop().await;
     }
+}
+
+/// A trigger that somebody wrote on a bad day: RETURN NULL, or OLD where it had to be NEW.
+#[tokio::test]
+async fn a_start_that_a_trigger_drops_or_undoes_is_said_and_goes_on_once_it_is_mended() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.execute(DROPS).await;
+    let running = "FOR EACH ROW WHEN (NEW.state = 'running' AND NEW.id";
+    db.execute(&format!(
+        "CREATE TRIGGER one BEFORE UPDATE ON builds {running} = 1) EXECUTE FUNCTION nothing();
+         CREATE TRIGGER two BEFORE UPDATE ON builds {running} = 2) EXECUTE FUNCTION old();
+         CREATE TRIGGER three BEFORE INSERT ON build_attempts FOR EACH ROW WHEN (NEW.build_id = 3) EXECUTE FUNCTION nothing();
+         INSERT INTO build_queue (builder) VALUES ('linux'), ('linux'), ('linux'), ('linux')"
+    ))
+    .await;
+    let _daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
+    assert_eq!(db.finished(4).await, "passed");
+    for (build, table) in [(1, "builds"), (2, "builds"), (3, "build_attempts")] {
+        db.wait(&format!(
+            "SELECT waiting_because LIKE '%a trigger on {table} drops what buildreactor writes there%' FROM queue_status WHERE build_id = {build}"
+        ))
+        .await;
+    }
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_attempts WHERE build_id < 4").await, 0);
+    db.execute("DROP TRIGGER one ON builds; DROP TRIGGER two ON builds; DROP TRIGGER three ON build_attempts").await;
+    for build in 1..4 {
+        assert_eq!(db.finished(build).await, "passed");
+    }
+    assert_eq!(db.one::<i32>("SELECT max(attempt) FROM builds").await, 1, "it was not charged");
+}
+
+#[tokio::test]
+async fn a_result_that_a_trigger_drops_or_undoes_is_said_and_recorded_once_it_is_mended() {
+    for (trigger, table) in [
+        ("BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'passed') EXECUTE FUNCTION nothing()", "builds"),
+        ("BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'passed') EXECUTE FUNCTION old()", "builds"),
+        (
+            "BEFORE UPDATE ON build_attempts FOR EACH ROW WHEN (NEW.state = 'passed') EXECUTE FUNCTION nothing()",
+            "build_attempts",
+        ),
+        ("BEFORE DELETE ON build_queue FOR EACH ROW EXECUTE FUNCTION nothing()", "build_queue"),
+    ] {
+        let db = Db::new().await;
+        db.builder("linux", "true").await;
+        db.execute(DROPS).await;
+        db.execute(&format!("CREATE TRIGGER drops {trigger}")).await;
+        let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+        let build = db.enqueue("linux").await;
+        db.wait(&format!(
+            "SELECT detail LIKE 'its result, passed, cannot be recorded yet: %a trigger on {table} drops%RETURN NEW%' FROM running_builds"
+        ))
+        .await;
+        db.execute(&format!("DROP TRIGGER drops ON {table}")).await;
+        assert_eq!(db.finished(build).await, "passed", "{trigger}");
+        assert_eq!(db.one::<i32>("SELECT attempt FROM builds").await, 1, "{trigger}");
+        assert_eq!(db.one::<i64>("SELECT count(*) FROM build_queue").await, 0);
+    }
+}
+
+/// What a statement of a person's does to a waiting build is done whole, or refused.
+#[tokio::test]
+async fn what_a_trigger_drops_is_not_said_to_be_done() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.execute(DROPS).await;
+    db.execute(
+        "SELECT pause_builder('linux');
+         INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', 'k');
+         INSERT INTO builds (builder, state, attempt, worker, finished_at, queued_at, started_at) VALUES ('linux', 'failed', 1, 'w', now(), now(), now())",
+    )
+    .await;
+    let before: Vec<String> = db.all("SELECT b.state || ' ' || (q.build_id IS NOT NULL) FROM builds b LEFT JOIN build_queue q ON q.build_id = b.id ORDER BY b.id").await;
+    assert_eq!(before, ["queued true", "failed false"]);
+    for (trigger, table, statement) in [
+        ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION nothing()", "builds", "SELECT cancel_build(1)"),
+        ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION old()", "builds", "SELECT cancel_build(1)"),
+        (
+            "BEFORE DELETE ON build_queue FOR EACH ROW EXECUTE FUNCTION nothing()",
+            "build_queue",
+            "SELECT cancel_build(1)",
+        ),
+        ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION nothing()", "builds", "SELECT retry_build(2)"),
+        (
+            "BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION old()",
+            "builds",
+            "INSERT INTO build_queue (build_id) VALUES (2)",
+        ),
+        (
+            "BEFORE INSERT ON builds FOR EACH ROW EXECUTE FUNCTION nothing()",
+            "builds",
+            "INSERT INTO build_queue (builder) VALUES ('linux')",
+        ),
+        (
+            "BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION nothing()",
+            "builds",
+            "INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', 'k')",
+        ),
+    ] {
+        db.execute(&format!("CREATE TRIGGER drops {trigger}")).await;
+        let refused = db.refusal(statement).await;
+        assert!(refused.contains(&format!("a trigger on {table} drops")), "{statement}, {trigger}: {refused}");
+        db.execute(&format!("DROP TRIGGER drops ON {table}")).await;
+        let after: Vec<String> = db.all("SELECT b.state || ' ' || (q.build_id IS NOT NULL) FROM builds b LEFT JOIN build_queue q ON q.build_id = b.id ORDER BY b.id").await;
+        assert_eq!(after, before, "{statement}, {trigger}");
+    }
+}
+
+/// A build whose need has failed stays where it is, and says why, until the trigger is mended.
+#[tokio::test]
+async fn a_skip_that_a_trigger_drops_is_said_and_done_once_it_is_mended() {
+    let db = Db::new().await;
+    db.builder("linux", "exit 1").await;
+    db.execute(DROPS).await;
+    db.execute("CREATE TRIGGER drops BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'skipped') EXECUTE FUNCTION nothing()").await;
+    let _daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
+    db.execute("INSERT INTO build_queue (builder) VALUES ('linux')").await;
+    db.execute("INSERT INTO build_queue (builder, needs) VALUES ('linux', '{1}')").await;
+    db.wait("SELECT detail LIKE 'the database refuses to end it: a trigger on builds drops%' FROM builds WHERE id = 2")
+        .await;
+    assert!(db.one::<bool>("SELECT EXISTS (SELECT FROM build_queue WHERE build_id = 2)").await);
+    db.execute("DROP TRIGGER drops ON builds").await;
+    assert_eq!(db.finished(2).await, "skipped");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_queue").await, 0);
+}
+
+/// Another verdict is the trigger's to write, as it always was.
+#[tokio::test]
+async fn a_trigger_may_write_another_final_state() {
+    let db = Db::new().await;
+    db.builder("linux", "exit 1").await;
+    db.execute(
+        "CREATE FUNCTION forgive() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.state := ''passed''; RETURN NEW; END';
+         CREATE TRIGGER forgive BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.state = 'failed') EXECUTE FUNCTION forgive()",
+    )
+    .await;
+    let _daemon = Daemon::start(&db, "w", &[HOUR]).await;
+    let build = db.enqueue("linux").await;
+    assert_eq!(db.finished(build).await, "passed");
 }
 
 /// In a trigger of somebody's own a statement means what it means in psql.

@@ -4,6 +4,34 @@
 -- hangs on a build right after the COMMIT that ended the build, level by level. Each poll finds the builds that this look missed.
 -- SET enable_seqscan = off: 10,000 rows of one INSERT are in no statistics, and would be read whole for each of them.
 
+CREATE OR REPLACE FUNCTION farm.build_all_written(dropped text) RETURNS boolean
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+BEGIN
+    IF dropped IS NOT NULL THEN
+        RAISE EXCEPTION 'a trigger on % drops what buildreactor writes there', dropped USING
+            ERRCODE = 'triggered_action_exception',
+            HINT = 'The function of a BEFORE INSERT OR UPDATE trigger must RETURN NEW, that of a BEFORE DELETE trigger RETURN OLD.';
+    END IF;
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION farm.build_all_written(text) IS 'Refuses to go on where a trigger of somebody''s own has dropped or undone a write to this table; null: none has. Internal.';
+
+CREATE OR REPLACE FUNCTION farm.build_leave_queue(id bigint) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    is_gone boolean;
+BEGIN
+    DELETE FROM farm.build_queue q WHERE q.build_id = $1;
+    is_gone := FOUND;
+    PERFORM farm.build_all_written(CASE
+        WHEN NOT is_gone THEN 'build_queue'
+        WHEN NOT EXISTS (SELECT FROM farm.builds b WHERE b.id = $1 AND farm.build_state_is_final(b.state)) THEN 'builds'
+    END);
+END $$;
+COMMENT ON FUNCTION farm.build_leave_queue(bigint) IS 'Takes a waiting build that has just ended out of the queue, and makes sure of both. Internal.';
+
 CREATE OR REPLACE FUNCTION farm.build_needs_known(needs bigint[]) RETURNS bigint[]
     LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 #variable_conflict use_variable
@@ -104,7 +132,7 @@ BEGIN
         SET state = 'skipped', finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
             detail = format('needs build %s, which ended %s', broken.id, broken.state)
         WHERE b.id = waiting;
-        DELETE FROM farm.build_queue q WHERE q.build_id = waiting;
+        PERFORM farm.build_leave_queue(waiting);
     ELSIF open_needs <> row.needs THEN
         UPDATE farm.build_queue q SET needs = open_needs WHERE q.build_id = waiting;
     END IF;
@@ -227,7 +255,7 @@ BEGIN
             SET state = 'superseded', superseded_by = newest, finished_at = clock_timestamp(), exit_code = NULL, term_signal = NULL,
                 detail = (SELECT concat_ws(' of ', 'superseded by build ' || newest, nullif(n.queued_by, b.submitted_by)) FROM farm.builds n WHERE n.id = newest)
             WHERE b.id = older.build_id;
-            DELETE FROM farm.build_queue q WHERE q.build_id = older.build_id;
+            PERFORM farm.build_leave_queue(older.build_id);
             -- The newest build keeps the highest priority that somebody gave to one of them.
             priority := greatest(priority, older.priority);
         END IF;

@@ -43,6 +43,7 @@ BEGIN
         INSERT INTO farm.builds (builder, properties, reason, notify, needs, state, queued_at, queued_by)
         VALUES (NEW.builder, coalesce(NEW.properties, '{}'), NEW.reason, coalesce(NEW.notify, '{}'), wanted, 'queued', clock_timestamp(), session_user)
         RETURNING id INTO NEW.build_id;
+        PERFORM farm.build_all_written(CASE WHEN NEW.build_id IS NULL THEN 'builds' END);
         PERFORM set_config('buildreactor.queueing', '', true);
         NEW.properties := NULL;
         NEW.reason := NULL;
@@ -128,7 +129,9 @@ BEGIN
     SET state = 'queued', queued_at = clock_timestamp(), queued_by = session_user, finished_at = NULL, exit_code = NULL, term_signal = NULL,
         detail = NULL, cancel_requested_at = NULL, cancel_reason = NULL, superseded_by = NULL,
         needs = wanted
-    WHERE b.id = build.id;
+    WHERE b.id = build.id
+    RETURNING b.state INTO build.state;
+    PERFORM farm.build_all_written(CASE WHEN build.state IS DISTINCT FROM 'queued' THEN 'builds' END);
     RETURN true;
 END $$;
 COMMENT ON FUNCTION farm.build_queue_again(bigint, text, boolean, bigint[]) IS 'Checks that an existing build can be queued, and by this person, and marks it so; false when it is queued or running already.';

@@ -39,12 +39,13 @@ BEGIN
     -- The queue row before the builds row, as everybody; a locked one is claimed, and its worker is told.
     PERFORM FROM farm.build_queue q WHERE q.build_id = $1 FOR UPDATE SKIP LOCKED;
     IF FOUND THEN
-        UPDATE farm.builds b
-        SET state = 'cancelled', finished_at = clock_timestamp(), detail = said, exit_code = NULL, term_signal = NULL,
-            cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
-        WHERE b.id = $1 AND b.state = 'queued';
+        PERFORM FROM farm.builds b WHERE b.id = $1 AND b.state = 'queued' FOR NO KEY UPDATE;
         IF FOUND THEN
-            DELETE FROM farm.build_queue q WHERE q.build_id = $1;
+            UPDATE farm.builds b
+            SET state = 'cancelled', finished_at = clock_timestamp(), detail = said, exit_code = NULL, term_signal = NULL,
+                cancel_requested_at = coalesce(b.cancel_requested_at, clock_timestamp()), cancel_reason = coalesce(b.cancel_reason, $2)
+            WHERE b.id = $1;
+            PERFORM farm.build_leave_queue($1);
             RETURN 'cancelled';
         END IF;
     END IF;

@@ -7,7 +7,8 @@
 -- Locks: the builds row, for the length of this statement; waits for nobody.
 -- What runs is found through the newest attempt of a slot: behind a long claim an index of what runs is full of dead entries.
 WITH free AS MATERIALIZED (
-    SELECT b.id FROM farm.builds b WHERE b.id = $1 AND b.state IN ('described', 'queued') FOR NO KEY UPDATE SKIP LOCKED
+    SELECT b.id FROM farm.builds b
+    WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL FOR NO KEY UPDATE SKIP LOCKED
 ), builder AS MATERIALIZED (
     SELECT r.* FROM free JOIN farm.build_queue q ON q.build_id = free.id JOIN farm.builders r ON r.name = q.builder
     WHERE q.ready AND NOT r.paused AND r.labels <@ $4
@@ -46,15 +47,16 @@ WITH free AS MATERIALIZED (
         -- Null where a row was written to build_queue with its triggers disabled.
         queued_at = coalesce(b.queued_at, clock_timestamp()),
         finished_at = NULL, exit_code = NULL, term_signal = NULL, detail = NULL
-    FROM builder
-    WHERE b.id = $1 AND b.state IN ('described', 'queued') AND b.cancel_requested_at IS NULL
-    RETURNING b.attempt, b.started_at, b.queued_at, b.properties, to_jsonb(b)::text AS row_json
+    FROM builder WHERE b.id = $1
+    RETURNING b.state, b.attempt, b.started_at, b.queued_at, b.properties, to_jsonb(b)::text AS row_json
 ), fitting AS MATERIALIZED (
     -- A daemon's memory is not to be filled by one row.
     SELECT s.*, octet_length(s.row_json) <= 8388608 AS fits FROM started s
 ), tried AS (
     INSERT INTO farm.build_attempts (build_id, attempt, builder, worker, folder, boot, started_at, slot, lock_units, lease)
-    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5, make_interval(secs => $8::float8) FROM fitting s CROSS JOIN builder r
+    SELECT $1, s.attempt, r.name, $2, $6, $7, s.started_at, $3, $5, make_interval(secs => $8::float8)
+    FROM fitting s CROSS JOIN builder r WHERE s.state = 'running'
+    RETURNING build_id
 )
 SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS started_us, CASE WHEN s.fits THEN s.row_json END AS row_json, r.name AS builder, r.executor, r.script, r.keep_workspace,
        -- Taken apart here: jsonb holds numbers and depths that other readers of JSON refuse.
@@ -67,4 +69,9 @@ SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS starte
        (extract(epoch FROM coalesce((SELECT a.started_at FROM farm.build_attempts a WHERE a.build_id = $1 ORDER BY a.attempt LIMIT 1), s.started_at)) * 1000000)::bigint AS first_us,
        (SELECT coalesce(max(a.attempt), 0) + 1 FROM farm.build_attempts a
         WHERE a.build_id = $1 AND (a.state <> 'lost' OR a.started_at < s.queued_at)) AS adopt_from
-FROM fitting s CROSS JOIN builder r
+FROM builder r LEFT JOIN fitting s ON true
+-- Half a start is none: a BEFORE trigger of somebody's own can drop a write, or undo it, without an error.
+WHERE farm.build_all_written(CASE
+    WHEN s.state IS DISTINCT FROM 'running' THEN 'builds'
+    WHEN NOT EXISTS (SELECT FROM tried) THEN 'build_attempts'
+END)

@@ -48,7 +48,7 @@ WITH ended AS MATERIALIZED (
         detail = e.detail, user_seconds = e.user_seconds, system_seconds = e.system_seconds, max_rss_bytes = e.max_rss_bytes,
         log_bytes = e.log_bytes
     FROM ended e, verdict v WHERE a.build_id = $1::bigint AND a.attempt = $2::integer
-    RETURNING a.finished_at
+    RETURNING a.finished_at, a.state
 ), build AS (
     UPDATE farm.builds b
     SET state = v.state, detail = v.detail, exit_code = e.exit_code, term_signal = e.term_signal,
@@ -59,15 +59,25 @@ WITH ended AS MATERIALIZED (
                            WHEN e.finished_at IS NULL THEN a.finished_at
                            ELSE least(greatest(e.finished_at, e.started_at, b.started_at), a.finished_at) END
     FROM ended e, verdict v, attempt a WHERE b.id = $1::bigint
+    RETURNING b.state
 ), again AS (
     UPDATE farm.build_queue q
     SET run_after = CASE WHEN v.delay_seconds > 0 THEN clock_timestamp() + make_interval(secs => v.delay_seconds) ELSE q.run_after END
     -- By the parameter: joined, all of a queue that is thought to be small would be read, dead rows behind a long claim included.
     FROM verdict v WHERE q.build_id = $1::bigint AND NOT farm.build_state_is_final(v.state)
+    RETURNING q.build_id
 ), done AS (
     DELETE FROM farm.build_queue q USING verdict v WHERE q.build_id = $1::bigint AND farm.build_state_is_final(v.state)
+    RETURNING q.build_id
 )
 SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds,
        -- Whether other builds hang on it: for whoever settles them after the COMMIT.
        farm.build_state_is_final(v.state) AND EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[$1::bigint]) AS needed
 FROM verdict v
+-- Half a result is none: a BEFORE trigger of somebody's own can drop a write, or undo it, without an error. Another final state is his to
+-- write.
+WHERE farm.build_all_written(CASE
+    WHEN NOT EXISTS (SELECT FROM attempt a WHERE a.state <> 'running') THEN 'build_attempts'
+    WHEN NOT EXISTS (SELECT FROM build b WHERE b.state <> 'running' AND farm.build_state_is_final(b.state) = farm.build_state_is_final(v.state)) THEN 'builds'
+    WHEN NOT EXISTS (SELECT FROM again UNION ALL SELECT FROM done) THEN 'build_queue'
+END)
