@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, mkdirat, renameat, statat};
 use rustix::io::Errno;
@@ -20,6 +21,9 @@ use crate::model::Job;
 
 /// A build with more than this of its own to be written may be what does not fit on the disk.
 const SMALL: usize = 1 << 20;
+
+/// Held by whoever makes folders that builds share: two builds that begin at once would both make them, or both put them right.
+static SHARED_FOLDERS: Mutex<()> = Mutex::new(());
 
 /// Why an attempt cannot be started.
 #[derive(Debug)]
@@ -137,6 +141,7 @@ fn path_text(path: &Path) -> io::Result<String> {
 /// Makes a folder that builds keep between them, and puts right what they have made of it. `what`: its name in the notes for the build's
 /// log. The worker's folder, and the first folder in it, may be an operator's symbolic links; what is below is ours.
 fn make_lasting(root: &Path, path: &Path, what: &str, notes: &mut Vec<String>) -> io::Result<()> {
+    let _alone = SHARED_FOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
     let below = path.strip_prefix(root).map_err(io::Error::other)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let mut here: OwnedFd = rustix::fs::open(root, flags, Mode::empty())?;
@@ -198,6 +203,29 @@ fn make(folder: &OwnedFd, name: &CString) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn builds_that_begin_at_once_make_their_shared_folders_once() {
+        let root = std::env::temp_dir().join(format!("buildreactor-prepare-{}", new_id().unwrap()));
+        for round in 0..200 {
+            std::fs::create_dir_all(&root).unwrap();
+            if round % 2 == 0 {
+                // In the place of a folder, left by a build.
+                std::fs::write(root.join("cache"), "").unwrap();
+            }
+            let made = |builder: String| {
+                make_lasting(&root, &root.join("cache").join(builder), "BUILD_CACHE", &mut Vec::new())
+            };
+            std::thread::scope(|scope| {
+                let builds: Vec<_> = (0..8).map(|n| scope.spawn(move || made(format!("b{}", n / 2)))).collect();
+                for build in builds {
+                    build.join().unwrap().unwrap();
+                }
+            });
+            assert_eq!(std::fs::read_dir(root.join("cache")).unwrap().count(), 4);
+            remove_path(&root).unwrap();
+        }
+    }
 
     #[test]
     fn what_stands_before_the_first_line_is_taken_off() {
