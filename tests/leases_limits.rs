@@ -46,8 +46,8 @@ async fn stands_still(freezer: Option<Freezer>) {
     for (name, build) in [("deaf", &deaf), ("obedient", &obedient)] {
         let lived = build.last_of(1) - since;
         println!("the {name} one lived for {lived:.1} s more, with a lease of 3 s that had ended before");
-        // 2 s between SIGTERM and SIGKILL, and the time of a busy machine.
-        assert!(lived < 6.0, "{lived:.1} s");
+        // 2 s between SIGTERM and SIGKILL; the rest of the 10 s for the killing is for a busy machine.
+        assert!(lived < 10.0, "{lived:.1} s");
         // To a receiver that has had the second one's these are of a lower attempt.
         let beats = build.beats();
         let second = beats.iter().position(|(attempt, _)| *attempt == 2).unwrap();
