@@ -5,7 +5,7 @@
 -- SET enable_seqscan = off: 10,000 rows of one INSERT are in no statistics, and would be read whole for each of them.
 
 CREATE OR REPLACE FUNCTION farm.build_all_written(dropped text) RETURNS boolean
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 BEGIN
     IF dropped IS NOT NULL THEN
