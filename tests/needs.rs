@@ -92,7 +92,7 @@ async fn a_result_is_recorded_whatever_becomes_of_what_hangs_on_it() {
     assert_eq!(db.finished(other).await, "passed");
     assert_eq!(
         db.one::<String>("SELECT waiting_because FROM queue_status WHERE build_id = 3").await,
-        "needs #2 (skipped); the database refuses to end it: not this one"
+        "needs #2 (skipped); the database refuses to end or release it: not this one"
     );
     db.execute("DROP TRIGGER no ON builds").await;
     assert_eq!(db.finished(4).await, "skipped");

@@ -229,7 +229,7 @@ async fn a_running_build_is_never_superseded_and_the_newest_change_is_built() {
     db.execute("INSERT INTO build_queue (builder, needs) VALUES ('after', '{2}')").await;
     db.execute(insert).await;
     db.execute("INSERT INTO build_queue (builder, coalesce_key) VALUES ('b', 'other')").await;
-    // At once, or by the worker, which may have been looking at that row.
+    // The INSERT supersedes build 2, or the worker does where it had locked that row to look at it.
     db.wait("SELECT string_agg(id || ' ' || state, ', ' ORDER BY id) = '1 running, 2 superseded, 3 queued, 4 queued, 5 queued' FROM builds").await;
     db.wait("SELECT waiting_because = 'needs #4 (queued)' FROM queue_status WHERE build_id = 3").await;
     std::fs::write(&gate, "").unwrap();

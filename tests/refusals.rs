@@ -7,7 +7,7 @@ const HOUR: (&str, &str) = ("BUILDREACTOR_REACTOR_POLL", "1h");
 /// A trigger function of somebody's own that refuses.
 const NO: &str = "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''not on a %'', to_char(now(), ''FMDay''); END'";
 
-/// Trigger functions that drop a write, and undo it.
+/// Two trigger functions: the first drops a write, the second undoes it.
 const DROPS: &str = "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
     CREATE FUNCTION old() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN OLD; END'";
 
@@ -189,7 +189,7 @@ async fn a_result_that_is_refused_is_said_and_recorded_once_it_is_allowed() {
     }
 }
 
-/// A trigger that somebody wrote on a bad day: RETURN NULL, or OLD where it had to be NEW.
+/// The trigger's function returns NULL, or OLD where it has to return NEW.
 #[tokio::test]
 async fn a_start_that_a_trigger_drops_or_undoes_is_said_and_goes_on_once_it_is_mended() {
     let db = Db::new().await;
@@ -247,7 +247,7 @@ async fn a_result_that_a_trigger_drops_or_undoes_is_said_and_recorded_once_it_is
     }
 }
 
-/// What a statement of a person's does to a waiting build is done whole, or refused.
+/// A person's statement changes a waiting build as a whole, or is refused.
 #[tokio::test]
 async fn what_a_trigger_drops_is_not_said_to_be_done() {
     let db = Db::new().await;
@@ -256,11 +256,12 @@ async fn what_a_trigger_drops_is_not_said_to_be_done() {
     db.execute(
         "SELECT pause_builder('linux');
          INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', 'k');
-         INSERT INTO builds (builder, state, attempt, worker, finished_at, queued_at, started_at) VALUES ('linux', 'failed', 1, 'w', now(), now(), now())",
+         INSERT INTO builds (builder, state, attempt, worker, finished_at, queued_at, started_at) VALUES ('linux', 'failed', 1, 'w', now(), now(), now());
+         INSERT INTO builds (builder) VALUES ('linux')",
     )
     .await;
     let before: Vec<String> = db.all("SELECT b.state || ' ' || (q.build_id IS NOT NULL) FROM builds b LEFT JOIN build_queue q ON q.build_id = b.id ORDER BY b.id").await;
-    assert_eq!(before, ["queued true", "failed false"]);
+    assert_eq!(before, ["queued true", "failed false", "described false"]);
     for (trigger, table, statement) in [
         ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION nothing()", "builds", "SELECT cancel_build(1)"),
         ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION old()", "builds", "SELECT cancel_build(1)"),
@@ -285,6 +286,8 @@ async fn what_a_trigger_drops_is_not_said_to_be_done() {
             "builds",
             "INSERT INTO build_queue (builder, coalesce_key) VALUES ('linux', 'k')",
         ),
+        ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION nothing()", "builds", "SELECT cancel_build(3)"),
+        ("BEFORE UPDATE ON builds FOR EACH ROW EXECUTE FUNCTION old()", "builds", "SELECT cancel_build(3)"),
     ] {
         db.execute(&format!("CREATE TRIGGER drops {trigger}")).await;
         let refused = db.refusal(statement).await;
@@ -305,7 +308,7 @@ async fn a_skip_that_a_trigger_drops_is_said_and_done_once_it_is_mended() {
     let _daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
     db.execute("INSERT INTO build_queue (builder) VALUES ('linux')").await;
     db.execute("INSERT INTO build_queue (builder, needs) VALUES ('linux', '{1}')").await;
-    db.wait("SELECT detail LIKE 'the database refuses to end it: a trigger on builds drops%' FROM builds WHERE id = 2")
+    db.wait("SELECT detail LIKE 'the database refuses to end or release it: a trigger on builds drops%' FROM builds WHERE id = 2")
         .await;
     assert!(db.one::<bool>("SELECT EXISTS (SELECT FROM build_queue WHERE build_id = 2)").await);
     db.execute("DROP TRIGGER drops ON builds").await;
@@ -313,7 +316,40 @@ async fn a_skip_that_a_trigger_drops_is_said_and_done_once_it_is_mended() {
     assert_eq!(db.one::<i64>("SELECT count(*) FROM build_queue").await, 0);
 }
 
-/// Another verdict is the trigger's to write, as it always was.
+#[tokio::test]
+async fn a_release_or_a_cancel_that_a_trigger_drops_is_done_once_it_is_mended() {
+    let db = Db::new().await;
+    db.builder("linux", "true").await;
+    db.builder("long", "sleep 600").await;
+    db.execute(DROPS).await;
+    db.execute(
+        "CREATE TRIGGER needs BEFORE UPDATE OF needs ON build_queue FOR EACH ROW EXECUTE FUNCTION nothing();
+         CREATE TRIGGER cancels BEFORE UPDATE ON builds FOR EACH ROW WHEN (NEW.cancel_requested_at IS NOT NULL) EXECUTE FUNCTION old()",
+    )
+    .await;
+    let _daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
+    let long = db.enqueue("long").await;
+    db.execute("INSERT INTO build_queue (builder) VALUES ('linux')").await;
+    db.execute("INSERT INTO build_queue (builder, needs) VALUES ('linux', '{2}')").await;
+    db.wait("SELECT waiting_because LIKE '%the database refuses to end or release it: a trigger on build_queue drops%' FROM queue_status WHERE build_id = 3").await;
+    db.wait(&format!("SELECT count(*) = 1 FROM running_builds WHERE build_id = {long}")).await;
+    db.execute(&format!("SELECT cancel_build({long}, 'too long')")).await;
+    // The worker reports in with each look at the whole queue, once a second here. So it has tried to move the request.
+    let seen: String = db.one("SELECT seen_at::text FROM workers").await;
+    db.wait(&format!("SELECT seen_at > timestamptz '{seen}' + interval '2 s' FROM workers")).await;
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_cancels").await, 1, "it is not forgotten");
+    // DROP TRIGGER on build_queue would wait for the running build.
+    db.execute(
+        "CREATE OR REPLACE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+         CREATE OR REPLACE FUNCTION old() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+    )
+    .await;
+    assert_eq!(db.finished(3).await, "passed");
+    assert_eq!(db.finished(long).await, "cancelled");
+    assert_eq!(db.one::<i64>("SELECT count(*) FROM build_cancels").await, 0);
+}
+
+/// A trigger may turn a failure into a pass, as before.
 #[tokio::test]
 async fn a_trigger_may_write_another_final_state() {
     let db = Db::new().await;

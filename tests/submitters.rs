@@ -298,7 +298,8 @@ async fn a_cancels_reason_is_short_and_no_row_keeps_others_from_being_settled() 
     holder.batch_execute("COMMIT").await.unwrap();
     let _daemon = Daemon::start(&db, "w", &[("BUILDREACTOR_REACTOR_POLL", "1s")]).await;
     assert_eq!(db.finished(2).await, "cancelled");
-    db.wait("SELECT detail LIKE 'the database refuses to end it: not this one%' FROM builds WHERE id = 1").await;
+    db.wait("SELECT detail LIKE 'the database refuses to end or release it: not this one%' FROM builds WHERE id = 1")
+        .await;
     db.execute("DROP TRIGGER no ON builds").await;
     assert_eq!(db.finished(1).await, "cancelled");
 }

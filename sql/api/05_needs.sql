@@ -119,7 +119,7 @@ BEGIN
         RETURN;
     END IF;
     open_needs := farm.build_needs_open(row.needs);
-    -- One may have passed, or been superseded, since the statement before: it is settled by whoever ended it.
+    -- A need may have passed or been superseded since the statement before. Whoever ended that need settles this build.
     SELECT b.* INTO broken FROM farm.builds b
     WHERE b.id = ANY (open_needs) AND farm.build_state_is_final(b.state) AND b.state NOT IN ('passed', 'superseded') ORDER BY b.id LIMIT 1;
     IF FOUND THEN
@@ -134,7 +134,8 @@ BEGIN
         WHERE b.id = waiting;
         PERFORM farm.build_leave_queue(waiting);
     ELSIF open_needs <> row.needs THEN
-        UPDATE farm.build_queue q SET needs = open_needs WHERE q.build_id = waiting;
+        UPDATE farm.build_queue q SET needs = open_needs WHERE q.build_id = waiting RETURNING q.needs INTO row.needs;
+        PERFORM farm.build_all_written(CASE WHEN row.needs IS DISTINCT FROM open_needs THEN 'build_queue' END);
     END IF;
 END $$;
 COMMENT ON FUNCTION farm.build_needs_settle(bigint) IS 'Looks at the needs of a waiting build: releases it when all have passed, skips it when one has ended otherwise. Waits for nobody. For workers.';
@@ -144,13 +145,13 @@ CREATE OR REPLACE FUNCTION farm.build_refused(id bigint, why text) RETURNS void
 #variable_conflict use_variable
 BEGIN
     -- Said once: it is refused again at each look.
-    UPDATE farm.builds b SET detail = left('the database refuses to end it: ' || why, 2000)
-    WHERE b.id = $1 AND b.state = 'queued' AND b.detail IS DISTINCT FROM left('the database refuses to end it: ' || why, 2000);
+    UPDATE farm.builds b SET detail = left('the database refuses to end or release it: ' || why, 2000)
+    WHERE b.id = $1 AND b.state = 'queued' AND b.detail IS DISTINCT FROM left('the database refuses to end or release it: ' || why, 2000);
 EXCEPTION WHEN OTHERS THEN
     -- Not even that may be written.
     NULL;
 END $$;
-COMMENT ON FUNCTION farm.build_refused(bigint, text) IS 'Says in the row of a waiting build why the database refuses to end it. Internal.';
+COMMENT ON FUNCTION farm.build_refused(bigint, text) IS 'Says in the row of a waiting build why the database refuses to end or release it. Internal.';
 
 CREATE OR REPLACE FUNCTION farm.build_needs_follow(ended bigint[], seconds double precision, OUT settled bigint, OUT left_over bigint[])
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off SET enable_seqscan = off SET gin_fuzzy_search_limit = 0 AS $$

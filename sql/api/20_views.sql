@@ -214,7 +214,7 @@ SELECT w.build_id,
             WHEN w.cancel_requested_at IS NOT NULL THEN 'it is being cancelled: a worker removes it when it next looks'
             WHEN w.needs <> '{}' THEN 'needs ' || (
                 SELECT string_agg(format('#%s (%s)', n.id, CASE n.state WHEN 'described' THEN 'described, not queued' ELSE n.state::text END), ', ' ORDER BY n.id)
-                FROM farm.builds n WHERE n.id = ANY (w.needs)) || CASE WHEN w.detail LIKE 'the database refuses to end it: %' THEN '; ' || w.detail ELSE '' END
+                FROM farm.builds n WHERE n.id = ANY (w.needs)) || CASE WHEN w.detail LIKE 'the database refuses to end or release it: %' THEN '; ' || w.detail ELSE '' END
             WHEN EXISTS (SELECT FROM held h WHERE h.transactionid = w.holder) THEN 'its row in build_queue is held by an open transaction of '
                 || (SELECT min(h.holder) FROM held h WHERE h.transactionid = w.holder)
             WHEN NOT w.ready AND w.attempt > 0 AND w.detail IS NOT NULL

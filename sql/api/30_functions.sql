@@ -60,6 +60,7 @@ BEGIN
         SET state = 'cancelled', queued_at = clock_timestamp(), finished_at = clock_timestamp(), detail = said,
             cancel_requested_at = clock_timestamp(), cancel_reason = reason
         WHERE b.id = $1 AND b.state = 'described';
+        PERFORM farm.build_all_written(CASE WHEN EXISTS (SELECT FROM farm.builds b WHERE b.id = $1 AND b.state = 'described') THEN 'builds' END);
         RETURN 'cancelled';
     END IF;
     RETURN format('it had already ended: %s', build.state);
@@ -105,7 +106,8 @@ BEGIN
     FOR waiting IN
         SELECT q.build_id, q.builder, q.coalesce_key, b.cancel_requested_at IS NOT NULL AS is_cancelled, b.id IS NOT NULL AS is_waiting,
                q.coalesce_key IS NOT NULL AND EXISTS (
-                   -- Than one that waits: looking beside one that runs would lock this row for nothing, and an INSERT passes a locked row over.
+                   -- Newer than a build that waits. Beside a build that runs there is nothing to supersede, and a row that is locked for nothing is
+                   -- passed over by the INSERT of the next build.
                    SELECT FROM farm.build_queue o JOIN farm.builds w ON w.id = o.build_id AND w.state = 'queued'
                    WHERE o.builder = q.builder AND o.coalesce_key = q.coalesce_key AND o.build_id < q.build_id) AS is_newer
         FROM (SELECT w.build_id, w.builder, w.coalesce_key FROM farm.build_queue w WHERE w.build_id > coalesce(start, 0) ORDER BY w.build_id LIMIT most) q

@@ -32,7 +32,7 @@ WITH tries AS MATERIALIZED (
 SELECT b.attempt, v.state::text AS state, v.delay_seconds::float8 AS delay_seconds,
        farm.build_state_is_final(v.state) AND EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[$1::bigint]) AS needed
 FROM verdict v LEFT JOIN build b ON true
--- As in record_result.sql.
+-- A BEFORE trigger of a person's own can drop or undo a write without an error. Then the whole record is refused.
 WHERE farm.build_all_written(CASE
     WHEN b.attempt IS DISTINCT FROM v.attempt THEN 'builds'
     WHEN NOT EXISTS (SELECT FROM tried) THEN 'build_attempts'

@@ -70,7 +70,7 @@ SELECT s.attempt, (extract(epoch FROM s.started_at) * 1000000)::bigint AS starte
        (SELECT coalesce(max(a.attempt), 0) + 1 FROM farm.build_attempts a
         WHERE a.build_id = $1 AND (a.state <> 'lost' OR a.started_at < s.queued_at)) AS adopt_from
 FROM builder r LEFT JOIN fitting s ON true
--- Half a start is none: a BEFORE trigger of somebody's own can drop a write, or undo it, without an error.
+-- A BEFORE trigger of a person's own can drop or undo a write without an error. Then the whole start is refused.
 WHERE farm.build_all_written(CASE
     WHEN s.state IS DISTINCT FROM 'running' THEN 'builds'
     WHEN NOT EXISTS (SELECT FROM tried) THEN 'build_attempts'

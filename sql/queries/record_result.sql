@@ -74,8 +74,8 @@ SELECT v.state::text AS state, v.delay_seconds::float8 AS delay_seconds,
        -- Whether other builds hang on it: for whoever settles them after the COMMIT.
        farm.build_state_is_final(v.state) AND EXISTS (SELECT FROM farm.build_queue w WHERE w.needs <> '{}' AND w.needs @> ARRAY[$1::bigint]) AS needed
 FROM verdict v
--- Half a result is none: a BEFORE trigger of somebody's own can drop a write, or undo it, without an error. Another final state is his to
--- write.
+-- A BEFORE trigger of a person's own can drop or undo a write without an error. Then the whole result is refused. The trigger may write
+-- another final state.
 WHERE farm.build_all_written(CASE
     WHEN NOT EXISTS (SELECT FROM attempt a WHERE a.state <> 'running') THEN 'build_attempts'
     WHEN NOT EXISTS (SELECT FROM build b WHERE b.state <> 'running' AND farm.build_state_is_final(b.state) = farm.build_state_is_final(v.state)) THEN 'builds'

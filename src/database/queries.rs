@@ -420,7 +420,7 @@ impl Database {
         let unready = tokio_postgres::types::Json(self.fit_json(unready).await?);
         let mut session = self.work().await?;
         let transaction = answered(STEP, session.transaction()).await?;
-        // Its look at the queue waits for this: an operator may leave a drain_worker open.
+        // The reactor's look waits for this statement, and an operator may leave a transaction with drain_worker() open.
         answered(STEP, transaction.batch_execute("SET LOCAL lock_timeout = '1s'")).await?;
         let row = answered(
             STEP,

@@ -333,7 +333,7 @@ impl Watch {
     /// The connection should be given up.
     pub async fn cancels(&self, worker: &str) -> Result<Vec<(AttemptId, String)>> {
         match answered("take requests to cancel", self.client.execute(&self.prepared.cancels_take, &[])).await {
-            // A right that is missing, or a trigger that refuses, is no matter of this connection.
+            // The connection is sound when a right is missing or a trigger refuses. The requests stay for the next look.
             Err(error) if error.is_an_answer() => tracing::debug!("{}", crate::report::Chain(&error)),
             Err(error) => return Err(error),
             Ok(_) => {}

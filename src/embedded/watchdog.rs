@@ -207,7 +207,7 @@ mod tests {
         let mut process = Command::new("sleep").arg("600").spawn().unwrap();
         let pid = process.id();
         assert!(!run(&format!("hit KILL {pid} 1")) && !run(&format!("hit KILL {pid} ''")));
-        // The first process of all: the birth of a process of ours could fall into the same hundredth of a second.
+        // Process 1 was born long before. Two processes of this test can be born in the same hundredth of a second, the unit of proc(5).
         assert!(!run(&format!("born=$(birth 1); hit KILL {pid} \"$born\"")));
         assert!(process.try_wait().unwrap().is_none(), "it was not the one");
         assert!(run(&format!("hit 0 {pid} \"$(birth {pid})\" && hit KILL {pid} \"$(birth {pid})\"")));

@@ -67,7 +67,7 @@ impl Candidates {
         }
     }
 
-    /// When all that is passed over now may be tried again.
+    /// The time after which every build that is set aside now may be tried again; `None`: no build is.
     pub fn aside_until(&self) -> Option<Instant> {
         self.aside.values().max().copied()
     }

@@ -77,7 +77,7 @@ impl Reactor {
                 let each = i32::try_from(self.candidates.wanted()).unwrap_or(i32::MAX);
                 let (snapshot, found) = watch.look_all(&names, each).await?;
                 self.candidates.replace(found);
-                // What is passed over is in no store: only a look at everything brings it back.
+                // Builds that are set aside are not among the candidates. Only a look at the whole queue brings them back.
                 let poll = now + self.shared.settings.poll;
                 self.timers.everything = self.candidates.aside_until().map_or(poll, |at| poll.min(at));
                 Some(snapshot)

@@ -22,7 +22,8 @@ use crate::model::Job;
 /// A build with more than this of its own to be written may be what does not fit on the disk.
 const SMALL: usize = 1 << 20;
 
-/// Held by whoever makes folders that builds share: two builds that begin at once would both make them, or both put them right.
+/// Held while folders that builds share are made or repaired. Two builds that begin at once would otherwise make the same folder, and one
+/// of them would fail.
 static SHARED_FOLDERS: Mutex<()> = Mutex::new(());
 
 /// Why an attempt cannot be started.
@@ -210,7 +211,7 @@ mod tests {
         for round in 0..200 {
             std::fs::create_dir_all(&root).unwrap();
             if round % 2 == 0 {
-                // In the place of a folder, left by a build.
+                // An earlier build has left a file where the folder belongs.
                 std::fs::write(root.join("cache"), "").unwrap();
             }
             let made = |builder: String| {
