@@ -400,8 +400,16 @@ async fn pause_and_resume_and_drain_by_function() {
     assert_eq!(db.one::<String>("SELECT waiting_because FROM queue_status").await, "builder b is paused: release day");
     assert_eq!(db.one::<String>("SELECT resume_builder('b')").await, "resumed");
     assert_eq!(db.finished(id).await, "passed");
-    assert!(db.refusal("SELECT pause_builder('nope')").await.contains("there is no builder \"nope\""));
-    assert!(db.refusal("SELECT drain_worker('nope')").await.contains("there is no worker \"nope\""));
+    assert!(
+        db.refusal("SELECT pause_builder('nope')")
+            .await
+            .contains("there is no builder \"nope\" |  | SELECT name FROM builders;")
+    );
+    assert!(
+        db.refusal("SELECT drain_worker('nope')")
+            .await
+            .contains("there is no worker \"nope\" |  | SELECT worker FROM worker_status;")
+    );
     db.execute("SELECT drain_worker('w')").await;
     assert_eq!(daemon.exited().await, Some(0));
     assert_eq!(db.one::<String>("SELECT status FROM worker_status").await, "stopped");

@@ -185,7 +185,7 @@ CREATE OR REPLACE FUNCTION farm.pause_builder(name text, reason text DEFAULT NUL
 BEGIN
     UPDATE farm.builders r SET paused = true, paused_reason = reason WHERE r.name = $1;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
+        RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found', HINT = 'SELECT name FROM builders;';
     END IF;
     RETURN 'paused; what runs goes on';
 EXCEPTION WHEN lock_not_available THEN
@@ -199,7 +199,7 @@ CREATE OR REPLACE FUNCTION farm.resume_builder(name text) RETURNS text
 BEGIN
     UPDATE farm.builders r SET paused = false, paused_reason = NULL WHERE r.name = $1;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found';
+        RAISE EXCEPTION 'there is no builder "%"', $1 USING ERRCODE = 'no_data_found', HINT = 'SELECT name FROM builders;';
     END IF;
     RETURN 'resumed';
 EXCEPTION WHEN lock_not_available THEN
@@ -213,7 +213,7 @@ CREATE OR REPLACE FUNCTION farm.drain_worker(name text) RETURNS text
 BEGIN
     UPDATE farm.workers w SET drain_requested = true WHERE w.name = $1;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no worker "%"', $1 USING ERRCODE = 'no_data_found';
+        RAISE EXCEPTION 'there is no worker "%"', $1 USING ERRCODE = 'no_data_found', HINT = 'SELECT worker FROM worker_status;';
     END IF;
     PERFORM pg_notify('build_control', 'drain');
     RETURN 'it claims nothing more, finishes what runs, and leaves';
